@@ -1,0 +1,8 @@
+"""The core operations of mm: tensors in, tensors out. Dense tensors are `[B, N, H, D]`."""
+
+from mm_kernels.adaln_modulate import adaln_modulate
+from mm_kernels.attention import attention
+from mm_kernels.contrastive_loss import contrastive_loss
+from mm_kernels.qk_norm_rope import qk_norm_rope, rms_norm, rotate
+
+__all__ = ["adaln_modulate", "attention", "contrastive_loss", "qk_norm_rope", "rms_norm", "rotate"]

@@ -1,0 +1,158 @@
+"""Text: a byte-level BPE trained on the corpus, or CLIP's, and words as tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mm.adapters.base import Adapter, Processor, length_mask
+from mm.types import Batch, Tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from mm.config import TextConfig
+
+PAD, START, END = "<pad>", "<start>", "<end>"
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back; picklable. Ids carry no padding and end with the end-of-text token."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def to_json(self) -> str: ...
+
+
+class CorpusTokenizer:
+    """Byte-level BPE (arXiv 1508.07909) through `tokenizers`; any text can be encoded."""
+
+    def __init__(self, serialized: str):
+        from tokenizers import Tokenizer as Rust
+
+        self._rust = Rust.from_str(serialized)
+        self.vocab_size = self._rust.get_vocab_size()
+        self._end = self._rust.token_to_id(END)
+
+    def encode(self, text: str) -> list[int]:
+        return [*self._rust.encode(text).ids, self._end]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._rust.decode([int(i) for i in ids]).strip()
+
+    def to_json(self) -> str:
+        return self._rust.to_str()
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return CorpusTokenizer, (self.to_json(),)
+
+
+class ClipTokenizer:
+    """CLIP's BPE from open_clip, with its start and end tokens."""
+
+    vocab_size = 49408
+
+    def __init__(self) -> None:
+        from open_clip.tokenizer import SimpleTokenizer
+
+        self._clip = SimpleTokenizer()
+
+    def encode(self, text: str) -> list[int]:
+        return [self._clip.sot_token_id, *self._clip.encode(text), self._clip.eot_token_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        special = (self._clip.sot_token_id, self._clip.eot_token_id)
+        return self._clip.decode([int(i) for i in ids if int(i) not in special]).strip()
+
+    def to_json(self) -> str:
+        return '{"clip": 49408}'
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return ClipTokenizer, ()
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> CorpusTokenizer:
+    """A byte-level BPE of at most `vocab_size` entries, fitted to `captions`."""
+    from tokenizers import Tokenizer as Rust
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    rust = Rust(models.BPE())
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    rust.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rust.train_from_iterator(captions, trainer)
+    return CorpusTokenizer(rust.to_str())
+
+
+def tokenizer_from_json(serialized: str) -> Tokenizer:
+    """The tokenizer that `to_json` described."""
+    return ClipTokenizer() if serialized.startswith('{"clip"') else CorpusTokenizer(serialized)
+
+
+class TextProcessor(Processor):
+    """Strings to token ids, cut at `context_length` with the end token kept, padded with zeros to that length."""
+
+    source = "text"
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int, word_dropout: float = 0.0):
+        self.tokenizer, self.context_length, self.word_dropout = tokenizer, context_length, word_dropout
+        self._cache: dict[str, np.ndarray] = {}
+
+    def prepare(self, raw: Any, *, train: bool, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+        if not isinstance(raw, str):
+            raise ValueError(f"a text must be a str, not {type(raw).__name__}")
+        if train and rng is not None and self.word_dropout > 0:
+            words = raw.split()
+            kept = [word for word, draw in zip(words, rng.random(len(words)), strict=True) if draw >= self.word_dropout]
+            raw = " ".join(kept or words)
+        return {"ids": self._encode(raw)}
+
+    def _encode(self, text: str) -> np.ndarray:
+        if text not in self._cache:
+            ids = self.tokenizer.encode(text)
+            if len(ids) > self.context_length:
+                ids = [*ids[: self.context_length - 1], ids[-1]]
+            if len(self._cache) > 65536:  # bounded: captions of a large corpus hardly repeat
+                self._cache.clear()
+            self._cache[text] = np.asarray(ids, dtype=np.int64)
+        return self._cache[text]
+
+    def collate(self, items: Sequence[dict[str, np.ndarray]]) -> tuple[Tensor, Tensor]:
+        """ids int64 `[B, context_length]` and lengths `[B]`."""
+        ids = np.zeros((len(items), self.context_length), dtype=np.int64)
+        lengths = np.empty(len(items), dtype=np.int64)
+        for row, item in enumerate(items):
+            lengths[row] = len(item["ids"])
+            ids[row, : lengths[row]] = item["ids"]
+        return torch.from_numpy(ids), torch.from_numpy(lengths)
+
+    def render(self, tensor: Tensor) -> list[str]:
+        """Strings from ids `[B, L]`."""
+        return [self.tokenizer.decode([i for i in row.tolist() if i != 0]) for row in tensor]
+
+
+class TextAdapter(Adapter):
+    """Token embeddings with a learned position."""
+
+    def __init__(self, config: TextConfig, processor: TextProcessor, name: str = "text"):
+        super().__init__(name, processor)
+        self.embedding = nn.Embedding(processor.tokenizer.vocab_size, config.width)
+        self.position = nn.Parameter(torch.zeros(config.context_length, config.width))
+
+    def embed(self, batch: Batch) -> Tokens:
+        """Tokens `[B, L, D]` with a mask over the padding, from ids `[B, L]`."""
+        ids = batch.inputs[self.name]
+        x = self.embedding(ids) + self.position[: ids.shape[1]]
+        return Tokens(x, mask=length_mask(batch.lengths[self.name], ids.shape[1]), max_len=ids.shape[1])

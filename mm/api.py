@@ -1,0 +1,139 @@
+"""A trained model in use: encode, classify, draw.
+
+import mm
+model = mm.load("runs/demo")
+classify = model.classifier(["cat", "dog"], templates=["an emoji of {}"])
+classify.top(picture)                              # [("cat", 0.93), ("dog", 0.07)]
+model.generate(["red heart"], seeds=[0])           # [PIL.Image]
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mm.config import ConfigError, TrainConfig
+from mm.diffusion.sampler import Solver
+from mm.evaluation.inference import Inference
+from mm.evaluation.zero_shot import Classifier, classifier
+from mm.models.export import CONFIG, WEIGHTS, load_export
+from mm.models.model import Model
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+EXPORT = "export"  # in a run folder
+
+
+class LoadedModel:
+    """What `load` returns. Item i of any call is the same whatever else is in the call, on a CPU to the last bit."""
+
+    def __init__(self, model: Model, config: TrainConfig, extras: dict[str, Tensor], note: dict[str, Any]) -> None:
+        self.inference, self.note = Inference(model, config, extras), note
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.inference.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.inference.model.device
+
+    def encode(self, *, progress: bool = False, **modalities: Any) -> dict[str, Tensor]:
+        """Unit-norm embeddings `[B, E]` float32 (on the CPU) of each modality's list of raw items.
+
+        `image=[PIL.Image, ...]`, `text=["...", ...]` or token ids, an int tensor `[B, L]` padded with zeros. Raises
+        ValueError for a modality that the model does not have, or naming the item that cannot be read.
+        """
+        ready = {name: self.inference.prepare(name, raw) for name, raw in modalities.items()}  # all, before any work
+        return {name: self.inference.embed(name, columns, progress=progress) for name, columns in ready.items()}
+
+    def classifier(
+        self, labels: Sequence[str], templates: Sequence[str] = ("{}",), *, progress: bool = False
+    ) -> Classifier:
+        """A zero-shot classifier whose labels are encoded here, once; see `mm.evaluation.zero_shot.classifier`."""
+        return classifier(self.inference, labels, templates, progress=progress)
+
+    def generate(
+        self,
+        prompts: Sequence[str | None],
+        *,
+        seeds: Sequence[int] | None = None,
+        steps: int = 25,
+        guidance: float = 2.0,
+        images: Sequence[Image.Image | None] | None = None,
+        solver: Solver = "euler",
+        progress: bool = False,
+    ) -> list[Image.Image]:
+        """A picture for each prompt; the same prompt, image and seed give the same picture.
+
+        `seeds` are 0 ... n - 1 by default. `images` condition on what the vision encoder sees in them; a prompt or
+        image of None hides that condition. `guidance` 1 is none; `steps` network evaluations (twice as many with the
+        "heun" solver). Raises ValueError where lengths differ or a number cannot work.
+        """
+        pixels = self.inference.generate(
+            prompts, seeds=seeds, steps=steps, guidance=guidance, images=images, solver=solver, progress=progress
+        )
+        return self.inference.processor("image").render(pixels)
+
+
+def load(source: str | os.PathLike[str], *, device: str = "auto") -> LoadedModel:
+    """The model of a run folder (its `export/`) or of a released folder, in float32.
+
+    `device`: "auto" is a CUDA device where there is one, else the CPU. Raises ConfigError naming what is wrong.
+    """
+    name = os.fspath(source)
+    if name == "openmoji" or name.startswith("open_clip:"):
+        raise ConfigError(f"{name}: this version of mm cannot load it yet; give a run folder or a released folder")
+    where = _device(device)
+    model, extras, config, note = load_export(find_export(name))
+    return LoadedModel(model.float().to(where), config, extras, note)
+
+
+def find_export(source: str | os.PathLike[str]) -> Path:
+    """The folder with the weights: `source` itself or its `export/`. Raises ConfigError where there is neither."""
+    folder = Path(source)
+    if (folder / WEIGHTS).is_file():
+        return folder
+    if (folder / EXPORT).is_dir():
+        return folder / EXPORT
+    if not folder.is_dir():
+        what = "is a file, not a run folder" if folder.exists() else "no such run folder"
+        raise ConfigError(f"{source}: {what}{_neighbours(folder)}")
+    if (folder / CONFIG).is_file():
+        raise ConfigError(
+            f"{source}: has no {EXPORT}/ yet; let its training finish (the same mm train command resumes)"
+        )
+    inside = sorted(path.parent.parent.name for path in folder.glob(f"*/{EXPORT}/{WEIGHTS}"))
+    hint = f"; it holds the runs {', '.join(inside)}" if inside else "; a run folder holds config.json and export/"
+    raise ConfigError(f"{source}: not a run folder{hint}")
+
+
+def _neighbours(folder: Path) -> str:
+    """The names beside a missing folder that are most like it."""
+    parent = folder.parent
+    if not parent.is_dir():
+        return f"; the folder {parent} does not exist either"
+    names = sorted(path.name for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+    close = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.5)
+    if close:
+        return f"; did you mean {' or '.join(str(parent / name) for name in close)}?"
+    return "; `mm demo` trains one in runs/demo"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device = {name!r}: not a device; give auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device = {name!r}: torch sees no CUDA device here; give auto or cpu")
+    return device

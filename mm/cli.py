@@ -1,0 +1,81 @@
+"""The command `mm`: its help, which function a command is, and how an error leaves the program."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from mm.commands import COMMANDS, UsageError
+from mm.fields import suggestion
+
+HELP = """\
+mm: shared vision and text encoders, trained by a contrastive and a diffusion objective
+
+  mm demo       data, training, evaluation, pictures and a report, on an embedded real data set
+                  mm demo --minutes 8 --out runs/demo
+  mm shards     write image-caption shards: OpenMoji, or a folder of your own
+                  mm shards openmoji shards/openmoji
+                  mm shards folder photos shards/photos --captions photos.csv
+  mm train      train what a config file describes; the same command resumes
+                  mm train configs/debug.py --data.train shards/openmoji --run.steps 100
+  mm classify   label images with words of your own
+                  mm classify runs/demo cat.png --labels cat,dog --template "an emoji of {}"
+  mm generate   draw images from text, as a grid
+                  mm generate runs/demo "red heart" "blue heart" --n 4 --seed 0 --out grid.png
+  mm evaluate   measure a trained model on shards
+                  mm evaluate runs/demo --data "shards/openmoji/val-*.tar" --out results.json
+
+RUN is a run folder. mm COMMAND --help has the details; --traceback shows where errors come from.
+"""
+
+
+def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """A command's exit code. What a user got wrong is one line on stderr and 2; `--traceback` shows the rest."""
+    show = "--traceback" in argv
+    try:
+        return command([word for word in argv if word != "--traceback"])
+    except SystemExit as stop:  # argparse's and tyro's --help
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        print("mm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `mm ... | head`: nobody reads any more, the interpreter's last flush neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
+        if show:
+            traceback.print_exc()
+        print(f"mm: error: {_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _line(error: Exception) -> str:
+    """An error's message on one line; an OSError as `file: what is wrong`."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        import mm
+
+        print(mm.__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        raise UsageError(f"unknown command {argv[0]}{suggestion(argv[0], COMMANDS) or '; mm --help lists them'}")
+    return COMMANDS[argv[0]](argv[1:])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of `mm ...`."""
+    return guarded(_dispatch, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""The commands of `mm`: each reads its arguments, imports what it needs, does it, and returns the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mm.fields import suggestion
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class UsageError(ValueError):
+    """A command line that cannot be meant."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are a UsageError of one line, with the nearest flag for an unknown one."""
+
+    def __init__(self, command: str, description: str, **options: Any):
+        super().__init__(prog=f"mm {command}", description=description, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The arguments, flags and positionals in any order. Raises UsageError."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        flags = argv[: argv.index("--")] if "--" in argv else argv
+        for word in flags:
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag not in known:
+                raise UsageError(f"{self.prog}: unknown flag {flag}{suggestion(flag, known)}")
+        return self.parse_intermixed_args(list(argv))
+
+
+def number(kind: type[int] | type[float], low: float, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: an int or float that is at least (or above) `low`."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not (value > low if above else value >= low) or value == float("inf"):
+            bound = f"{'above' if above else 'at least'} {low}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {'an int' if kind is int else 'a number'} {bound}")
+        return value
+
+    return read
+
+
+def demo(argv: Sequence[str]) -> int:
+    parser = Parser("demo", "Shards, training, evaluation, image grid and report.html, on OpenMoji.")
+    parser.add_argument("--minutes", type=number(float, 0, above=True), default=8.0, help="of training (default: 8)")
+    parser.add_argument("--out", default="runs/demo", help="the run folder (default: runs/demo)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of everything random (default: 0)")
+    parser.add_argument("--seeds", type=number(int, 1), default=1, metavar="N", help="run N seeds, in OUT/seed-S each")
+    args = parser.read(argv)
+    from mm.demo import main as run
+
+    if args.seeds == 1:
+        run(args.minutes, args.out, args.seed)
+    else:
+        for seed in range(args.seed, args.seed + args.seeds):
+            run(args.minutes, os.path.join(args.out, f"seed-{seed}"), seed)
+    return 0
+
+
+def shards(argv: Sequence[str]) -> int:
+    kinds = {"openmoji": _shards_openmoji, "folder": _shards_folder}
+    usage = "usage: mm shards openmoji OUT\n       mm shards folder DIR OUT [--captions FILE]"
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{usage}\n\n`mm shards folder --help` has the details.")
+        return 0 if argv else 2
+    if argv[0] not in kinds:
+        raise UsageError(f"mm shards: unknown kind {argv[0]}{suggestion(argv[0], kinds) or '; openmoji or folder'}")
+    return kinds[argv[0]](argv[1:])
+
+
+def _shards_openmoji(argv: Sequence[str]) -> int:
+    parser = Parser("shards openmoji", "3,954 emoji with their English names, drawn from the OpenMoji colour font.")
+    parser.add_argument("out", metavar="OUT", help="folder for train-*.tar, dev-*.tar, val-*.tar")
+    args = parser.read(argv)
+    from mm.data import build
+
+    build.openmoji(args.out)
+    return 0
+
+
+def _shards_folder(argv: Sequence[str]) -> int:
+    parser = Parser("shards folder", "A folder of images with captions: x.jpg beside x.txt, or a table of captions.")
+    parser.add_argument("dir", metavar="DIR", help="folder of images")
+    parser.add_argument("out", metavar="OUT", help="folder for the shards")
+    parser.add_argument("--captions", metavar="FILE", help="a .csv, .jsonl or .parquet table, instead of x.txt files")
+    parser.add_argument("--image-column", default=None, help="column of the table with the image's path")
+    parser.add_argument("--caption-column", default=None, help="column of the table with the caption")
+    args = parser.read(argv)
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+    given = {name: column for name, column in columns.items() if column is not None}
+    if given and not args.captions:
+        raise UsageError(f"--{next(iter(given)).replace('_', '-')}: needs the table it is a column of, --captions FILE")
+    from mm.data import build
+
+    build.folder(args.dir, args.out, **({"captions": args.captions} if args.captions else {}), **given)
+    return 0
+
+
+def train(argv: Sequence[str]) -> int:
+    from mm.train import train as run
+
+    return run(argv)
+
+
+def classify(argv: Sequence[str]) -> int:
+    parser = Parser("classify", "The likeliest labels of each image, with their probabilities.")
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file")
+    parser.add_argument("--labels", help="comma-separated: cat,dog")
+    parser.add_argument("--labels-file", metavar="FILE", help="one label a line")
+    parser.add_argument("--template", action="append", help='such as "an emoji of {}"; repeat it to average several')
+    parser.add_argument("--top", type=number(int, 1), default=5, metavar="K", help="labels an image (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON array instead")
+    args = parser.read(argv)
+    labels = _labels(args.labels, args.labels_file)
+    for template in args.template or []:
+        if "{}" not in template:
+            raise UsageError(f'--template "{template}": has no {{}} where the label goes; try "{template} {{}}"')
+    for _ in map(open_image, args.images):  # all of them, before a model is loaded
+        pass
+
+    import mm
+
+    options = {"templates": args.template} if args.template else {}
+    classifier = mm.load(args.run).classifier(labels, **options)
+    results = [classifier.top(open_image(path), min(args.top, len(labels))) for path in args.images]
+    if args.json:
+        named = [[{"label": label, "probability": float(share)} for label, share in top] for top in results]
+        print(json.dumps([{"image": path, "top": top} for path, top in zip(args.images, named, strict=True)]))
+        return 0
+    for path, top in zip(args.images, results, strict=True):
+        print(f"{path}: " + ", ".join(f"{label} {100 * float(share):.1f} %" for label, share in top))
+    return 0
+
+
+def _labels(text: str | None, file: str | None) -> list[str]:
+    if (text is None) == (file is None):
+        raise UsageError("mm classify: give the labels once, as --labels cat,dog or as --labels-file FILE")
+    try:
+        lines = text.split(",") if text is not None else Path(file or "").read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--labels-file {file}: not UTF-8 text (byte {error.start}); one label a line") from error
+    labels = [line.strip() for line in lines if line.strip()]
+    if not labels:
+        where = f"--labels-file {file}" if text is None else f'--labels "{text}"'
+        raise UsageError(f"{where}: no label in it; give at least one")
+    return labels
+
+
+def open_image(path: str) -> Image.Image:
+    """The decoded image of a file. Raises UsageError naming the file where it is not an image, or damaged."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except UnidentifiedImageError as error:
+        raise UsageError(f"{path}: not an image that Pillow can read") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno:  # missing, a folder, no permission: says so itself
+            raise
+        raise UsageError(f"{path}: a damaged image ({error})") from error
+
+
+def generate(argv: Sequence[str]) -> int:
+    parser = Parser("generate", "A PNG with one row of images a prompt; column k has seed SEED + k.")
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="what to draw")
+    parser.add_argument("--n", type=number(int, 1), default=4, help="images a prompt (default: 4)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the first column (default: 0)")
+    parser.add_argument("--steps", type=number(int, 1), default=25, help="of the sampler (default: 25)")
+    parser.add_argument("--guidance", type=number(float, 0), default=2.0, help="1: none (default: 2.0)")
+    parser.add_argument("--out", default="grid.png", help="the file to write (default: grid.png)")
+    args = parser.read(argv)
+    if Path(args.out).suffix.lower() != ".png" or Path(args.out).is_dir():
+        raise UsageError(f"--out {args.out}: the grid is a PNG file; end its name in .png")
+
+    import mm
+
+    prompts = [prompt for prompt in args.prompts for _ in range(args.n)]
+    seeds = [args.seed + column for _ in args.prompts for column in range(args.n)]
+    images = mm.load(args.run).generate(prompts, seeds=seeds, steps=args.steps, guidance=args.guidance)
+    save_png(grid(images, args.n), args.out)
+    print(f"{args.out}: {len(args.prompts)} x {args.n} images, seeds {args.seed} to {args.seed + args.n - 1}")
+    return 0
+
+
+def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """The images row by row on white, each cell as large as the largest of them."""
+    from PIL import Image
+
+    width, height = (max(size) + gap for size in zip(*(image.size for image in images), strict=True))
+    sheet = Image.new("RGB", (columns * width - gap, -(-len(images) // columns) * height - gap), "white")
+    for place, image in enumerate(images):
+        sheet.paste(image, (place % columns * width, place // columns * height))
+    return sheet
+
+
+def save_png(image: Image.Image, path: str) -> None:
+    """Writes the file whole or not at all, making its folder."""
+    folder = Path(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, format="PNG")
+        os.chmod(temporary, 0o644)  # mkstemp makes it readable by its owner only
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    parser = Parser("evaluate", "Measures a trained model on shards.")
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("--data", metavar="SHARDS", required=True, help="a folder, a pattern, or several joined by ::")
+    parser.add_argument("--labels-from", metavar="SHARDS", help="shards whose captions are the labels (default: DATA)")
+    parser.add_argument("--tasks", default="zero_shot,generation", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="write the results there too, as JSON")
+    args = parser.read(argv)
+    tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
+    if not tasks:
+        raise UsageError(f'--tasks "{args.tasks}": names no task; try zero_shot,generation')
+    from mm.evaluation.run import evaluate as run
+
+    labels = {"labels_from": args.labels_from} if args.labels_from else {}
+    run(args.run, data=args.data, tasks=tasks, out=args.out, **labels)
+    return 0
+
+
+COMMANDS = {
+    "demo": demo,
+    "shards": shards,
+    "train": train,
+    "classify": classify,
+    "generate": generate,
+    "evaluate": evaluate,
+}

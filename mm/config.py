@@ -1,0 +1,299 @@
+"""Every setting of a run, in one place: the dataclasses and what makes a setting impossible.
+
+A run is one Python file with `def config() -> TrainConfig`. How it is read, overridden and saved is in
+`mm/settings.py`, whose functions are reachable here too. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from mm.fields import describe, fits, leaves
+
+if TYPE_CHECKING:
+    from mm.settings import difference, from_dict, load, override, read, save, to_dict
+
+__all__ = ["VERSION", "ConfigError", "TrainConfig", "validate"]
+__all__ += ["difference", "from_dict", "load", "override", "read", "save", "to_dict"]
+
+VERSION = 1  # of config.json
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: names the field, the value, and a fix."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RunConfig:
+    dir: str = "runs/debug"  # the run folder; starting again with the same folder resumes
+    seed: int = 0  # weights, sample order, augmentation, noise
+    steps: int = 100  # optimizer steps in all
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    eval_every: int = 0  # steps between evaluations on data.val; 0: only at the end
+    sample_every: int = 0  # steps between sample images; 0: only at the end
+    diagnose_every: int = 0  # steps between gradient norms and cosine of the objectives on the encoders; 0: never
+    tensorboard: bool = False  # also write TensorBoard events to <dir>/tensorboard
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    train: str = ""  # shards: a folder, a pattern (brace or glob), or several joined by ::
+    val: str = ""  # the same, for periodic evaluation; may be empty
+    batch_size: int = 64  # global: over all processes and accumulation steps
+    workers: int = 0  # decoding processes; 0 decodes in a thread of the training process
+    shuffle_block: int = 4096  # samples shuffled together; reads stay within this many consecutive samples
+    caption: Literal["txt", "aliases"] = "txt"  # aliases: draw among name and json aliases, name half of the time
+    max_error_rate: float = 0.05  # share of unusable samples above which the run stops
+
+
+@dataclass(slots=True, kw_only=True)
+class ImageConfig:
+    size: int = 32  # pixels a side
+    patch: int = 8
+    width: int = 192
+    depth: int = 6
+    heads: int = 3
+    crop_scale: float = 0.7  # smallest area of the random-resized-crop that the vision encoder sees in training
+    color_jitter: float = 0.1  # brightness and contrast, in training
+    clean_target: bool = True  # diffusion draws the whole image, not the crop that the vision encoder sees
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pool: Literal["mean", "cls"] = "mean"
+
+
+@dataclass(slots=True, kw_only=True)
+class TextConfig:
+    tokenizer: Literal["corpus", "clip"] = "corpus"  # a small BPE trained on data.train, or CLIP's
+    vocab_size: int = 2048  # upper bound for a corpus tokenizer; 49408 for CLIP's
+    context_length: int = 20
+    width: int = 192
+    depth: int = 4
+    heads: int = 3
+    causal: bool = False
+    pool: Literal["mean", "last"] = "mean"  # last: the end-of-text token, as CLIP
+    word_dropout: float = 0.0  # probability of leaving a word out of a training caption
+
+
+@dataclass(slots=True, kw_only=True)
+class DenoiserConfig:
+    patch: int = 8
+    width: int = 320
+    depth: int = 6
+    heads: int = 5
+    bottleneck: int = 0  # width between patch and model (JiT); 0: none
+    context_depth: int = 0  # first blocks that also update the text stream (MMDiT); later ones only read it
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    embed_dim: int = 128  # width of the shared embedding space
+    image: ImageConfig = field(default_factory=ImageConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    denoiser: DenoiserConfig | None = field(default_factory=DenoiserConfig)
+
+
+@dataclass(slots=True, kw_only=True)
+class ContrastiveConfig:
+    weight: float = 1.0
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    init_scale: float = 10.0  # initial logit scale (factor, not log)
+    init_bias: float = -10.0  # sigmoid only
+    max_scale: float = 100.0
+
+
+@dataclass(slots=True, kw_only=True)
+class DiffusionConfig:
+    weight: float = 1.0
+    copies: int = 1  # noise levels drawn for each encoded sample
+    sigma_mean: float = 0.8  # logit of the noise level: mean ...
+    sigma_std: float = 0.8  # ... and standard deviation
+    noise_scale: float = 1.0  # standard deviation of the noise; JiT: image size / 256, at least 1
+    shift: float = 1.0  # resolution shift of the noise level
+    drop_text: float = 0.1  # probability of hiding the text condition
+    drop_image: float = 0.9  # probability of hiding the vision condition, drawn independently
+    text_grad: float = 1.0  # scale of the diffusion gradient into the text encoder; 0 stops it
+    image_grad: float = 1.0  # the same into the vision encoder
+
+
+@dataclass(slots=True, kw_only=True)
+class AlignConfig:
+    weight: float = 0.5
+    block: int = 2  # denoiser block whose output is aligned
+    warmup: int = 200  # steps over which the weight ramps in
+    stop: int = 0  # step at which it ends; 0: never
+    gamma: float = 0.6  # share of the mean token taken off the teacher's tokens
+    decay: float = 0.99  # of the teacher, an average of the vision encoder's weights
+
+
+@dataclass(slots=True, kw_only=True)
+class ObjectivesConfig:
+    contrastive: ContrastiveConfig | None = field(default_factory=ContrastiveConfig)
+    diffusion: DiffusionConfig | None = field(default_factory=DiffusionConfig)
+    align: AlignConfig | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class OptimConfig:
+    name: Literal["adamw", "muon"] = "adamw"  # muon: Muon on the matrices, AdamW on the rest
+    lr: float = 1e-3  # AdamW's
+    muon_lr: float = 0.01
+    muon_momentum: float = 0.95
+    muon_steps: int = 5  # Newton-Schulz iterations
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    muon_weight_decay: float = 0.05
+    warmup: int = 50
+    final: float = 0.02  # learning rate at the end, as a share of the peak
+    schedule: Literal["cosine", "linear"] = "cosine"
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.999  # decay of the averaged weights; ramps in as (1 + step) / (10 + step)
+    accumulate: int = 1  # micro-batches a step
+
+
+@dataclass(slots=True, kw_only=True)
+class ParallelConfig:
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = True
+    threads: int = 0  # CPU threads of torch; 0: one a core
+
+
+@dataclass(slots=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 100  # steps; 0: only at the end
+    keep: int = 2
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainConfig:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+# What a number must be, the test for it, and the fields it holds for (every element of a tuple).
+RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "at least 1",
+        lambda number: number >= 1,
+        "run.steps run.log_every data.batch_size data.shuffle_block model.embed_dim model.image.size model.image.patch "
+        "model.image.width model.image.depth model.image.heads model.text.vocab_size model.text.context_length "
+        "model.text.width model.text.depth model.text.heads model.denoiser.patch model.denoiser.width "
+        "model.denoiser.depth model.denoiser.heads objectives.diffusion.copies objectives.align.block "
+        "optim.muon_steps optim.accumulate checkpoint.keep",
+    ),
+    (
+        "0 or more",
+        lambda number: number >= 0,
+        "run.seed run.eval_every run.sample_every run.diagnose_every data.workers model.denoiser.bottleneck "
+        "model.denoiser.context_depth objectives.contrastive.weight objectives.diffusion.weight "
+        "objectives.align.weight objectives.diffusion.text_grad objectives.diffusion.image_grad "
+        "objectives.align.warmup objectives.align.stop optim.weight_decay optim.muon_weight_decay optim.warmup "
+        "parallel.threads checkpoint.every",
+    ),
+    (
+        "above 0",
+        lambda number: number > 0,
+        "model.image.std objectives.contrastive.init_scale objectives.contrastive.max_scale "
+        "objectives.diffusion.sigma_std objectives.diffusion.noise_scale objectives.diffusion.shift optim.lr "
+        "optim.muon_lr optim.clip",
+    ),
+    (
+        "between 0 and 1",
+        lambda number: 0 <= number <= 1,
+        "data.max_error_rate model.image.color_jitter model.text.word_dropout objectives.diffusion.drop_text "
+        "objectives.diffusion.drop_image optim.final",
+    ),
+    ("above 0 and at most 1", lambda number: 0 < number <= 1, "model.image.crop_scale"),
+    ("at least 0 and below 1", lambda number: 0 <= number < 1, "optim.betas optim.muon_momentum optim.ema"),
+)
+
+
+def validate(config: TrainConfig) -> None:
+    """Refuses a config that cannot run, with a ConfigError that names the field, the value and a fix."""
+    values = {}
+    for name, value, hint in leaves(config):
+        if not fits(value, hint):
+            raise ConfigError(f"{name} = {value!r}: must be {describe(hint)}")
+        values[name] = value
+    for text, holds, names in RULES:
+        for name in names.split():
+            value = values.get(name, ())
+            if not all(map(holds, value if isinstance(value, tuple) else (value,))):
+                raise ConfigError(f"{name} = {value}: must be {text}")
+    _validate_model(config.model)
+    _validate_objectives(config)
+    _multiple("data.batch_size", config.data.batch_size, config.optim.accumulate, "optim.accumulate")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    image, text, denoiser = model.image, model.text, model.denoiser
+    # rotary positions turn one pair of channels a head for the row and one for the column
+    _multiple("model.image.width", image.width, 4 * image.heads, "4 x model.image.heads")
+    _multiple("model.image.size", image.size, image.patch, "model.image.patch")
+    _multiple("model.text.width", text.width, text.heads, "model.text.heads")
+    if text.tokenizer == "clip" and text.vocab_size != 49408:
+        raise ConfigError(
+            f"model.text.vocab_size = {text.vocab_size}: CLIP's tokenizer has 49408 entries; "
+            "set 49408, or model.text.tokenizer = corpus"
+        )
+    if denoiser:
+        _multiple("model.denoiser.width", denoiser.width, 4 * denoiser.heads, "4 x model.denoiser.heads")
+        _multiple("model.image.size", image.size, denoiser.patch, "model.denoiser.patch")
+        if denoiser.context_depth > denoiser.depth:
+            raise ConfigError(
+                f"model.denoiser.context_depth = {denoiser.context_depth}: there are only "
+                f"model.denoiser.depth = {denoiser.depth} blocks; set {denoiser.depth} or less"
+            )
+
+
+def _validate_objectives(config: TrainConfig) -> None:
+    contrastive, diffusion, align = (getattr(config.objectives, name) for name in ("contrastive", "diffusion", "align"))
+    if not (contrastive or diffusion):
+        raise ConfigError(
+            "objectives.contrastive = None and objectives.diffusion = None: nothing to train; switch one on"
+        )
+    if contrastive and contrastive.init_scale > contrastive.max_scale:
+        raise ConfigError(
+            f"objectives.contrastive.init_scale = {contrastive.init_scale}: must be at most "
+            f"objectives.contrastive.max_scale = {contrastive.max_scale}; lower the one or raise the other"
+        )
+    if diffusion and not config.model.denoiser:
+        raise ConfigError(
+            "model.denoiser = None: objectives.diffusion needs it; set model.denoiser, or objectives.diffusion = None"
+        )
+    if align and not diffusion:
+        raise ConfigError(
+            "objectives.align is set: it needs objectives.diffusion; set that, or objectives.align = None"
+        )
+    if align and config.model.denoiser and align.block > config.model.denoiser.depth:
+        depth = config.model.denoiser.depth
+        raise ConfigError(
+            f"objectives.align.block = {align.block}: there are only model.denoiser.depth = {depth} blocks; "
+            f"set {depth} or less"
+        )
+
+
+def _multiple(name: str, value: int, of: int, what: str) -> None:
+    """Refuses `value` unless `of` divides it, naming the nearest values that work."""
+    if value % of:
+        below = value // of * of
+        choices = f"{below} or {below + of}" if below else f"{of}"
+        raise ConfigError(f"{name} = {value}: must be a multiple of {what} = {of}; try {choices}")
+
+
+if not TYPE_CHECKING:  # seen by nobody's type checker, or every misspelt name would pass
+
+    def __getattr__(name: str) -> Any:
+        """The functions of `mm/settings.py`, which imports this file."""
+        if name.startswith("_") or name not in __all__:
+            raise AttributeError(f"module 'mm.config' has no attribute {name!r}")
+        from mm import settings
+
+        return getattr(settings, name)

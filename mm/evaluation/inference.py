@@ -1,0 +1,222 @@
+"""Encoding and drawing with a trained model, item by item alike whatever else is in the call.
+
+Letters: B items, E embedding, C H W picture, L text tokens.
+
+On a CPU an element's last bit may depend on where it lies in a tensor: torch cuts an elementwise operation into one
+chunk a thread, and the odd end of a chunk runs through scalar code. Micro-batches of a fixed size, filled up with
+copies of the first item, cut evenly for one or two threads; with more, each item goes alone, always in the same place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from mm.config import ConfigError
+from mm.diffusion.noise import normal
+from mm.diffusion.sampler import Solver, guided, sample
+from mm.diffusion.schedule import Schedule
+from mm.fields import suggestion
+from mm.types import Batch, Encoded, Tokens
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mm.adapters.base import Adapter, Processor
+    from mm.config import TrainConfig
+    from mm.models.model import Model
+
+MICRO_BATCH = {"image": 32, "text": 64, "draw": 8}
+EVEN_THREADS = 2
+NOISE = 0  # stream of a picture's first noise; training uses others
+
+Items = tuple[Tensor, ...]  # columns of equal length: row i of each belongs to item i
+
+
+class Inference:
+    """A model with the tensors of its objectives (`extras`, by `objectives.*` name), float32 and without gradients."""
+
+    def __init__(self, model: Model, config: TrainConfig, extras: dict[str, Tensor]) -> None:
+        self.model, self.config, self.extras = model, config, extras
+
+    def processor(self, name: str) -> Processor:
+        """Of one modality. Raises ValueError where the model has no such modality."""
+        if name not in self.model.adapters:
+            known = list(self.model.adapters)
+            raise ValueError(
+                f"{name}: not a modality of this model{suggestion(name, known)}; it has {', '.join(known)}"
+            )
+        return cast("Adapter", self.model.adapters[name]).processor
+
+    def prepare(self, name: str, raw: Sequence[Any]) -> Items:
+        """Raw items as columns: image uint8 `[B, 3, H, W]`, text ids `[B, L]` and lengths `[B]`.
+
+        Text may already be ids, an int tensor `[B, L]` padded with zeros. Raises ValueError naming a wrong item.
+        """
+        processor = self.processor(name)
+        if isinstance(raw, Tensor) and name == "text":
+            return self._check_ids(raw)
+        if isinstance(raw, (str, bytes, dict)) or not hasattr(raw, "__len__") or isinstance(raw, Tensor):
+            raise ValueError(f"{name}: must be a list of items, not one {type(raw).__name__}; put it in [ ]")
+        items = []
+        for place, item in enumerate(raw):
+            try:
+                items.append(processor.prepare(item, train=False))
+            except ValueError as error:
+                raise ValueError(f"{name}[{place}]: {error}") from error
+        if not items:
+            return ()
+        inputs, lengths = processor.collate(items)
+        return (inputs,) if lengths is None else (inputs, lengths)
+
+    def _check_ids(self, ids: Tensor) -> Items:
+        text = self.config.model.text
+        if ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] > text.context_length:
+            raise ValueError(
+                f"text: token ids are {ids.dtype} of shape {list(ids.shape)}; "
+                f"must be integers [B, L] with L at most {text.context_length}"
+            )
+        ids = torch.nn.functional.pad(ids.long().cpu(), (0, text.context_length - ids.shape[1]))
+        size = self.model.tokenizer.vocab_size
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise ValueError(f"text: token ids from {ids.min()} to {ids.max()}; must be from 0 to {size - 1}")
+        places = torch.arange(1, text.context_length + 1)
+        lengths = (places * (ids != 0)).amax(1)  # up to the last id that is not padding
+        if ids.numel() and int(lengths.min()) == 0:
+            raise ValueError(f"text[{int(lengths.argmin())}]: only padding (0); give at least one token")
+        return ids, lengths
+
+    def encode(
+        self, name: str, raw: Sequence[Any], *, micro_batch: int | None = None, progress: bool = False
+    ) -> Tensor:
+        """Unit-norm embeddings `[B, E]` float32 of raw items, on the CPU. Raises ValueError as `prepare`."""
+        return self.embed(name, self.prepare(name, raw), micro_batch=micro_batch, progress=progress)
+
+    def embed(self, name: str, columns: Items, *, micro_batch: int | None = None, progress: bool = False) -> Tensor:
+        """`encode` for columns that `prepare` or a loader has made."""
+        if not columns:
+            return torch.zeros(0, self.config.model.embed_dim)
+        size = micro_batch or self._size(name)
+        label = f"encoding {name}" if progress else ""
+        return self._run(lambda *part: (self._encoded(name, part).pooled,), columns, size, label)[0].cpu()
+
+    def generate(
+        self,
+        prompts: Sequence[str | None],
+        *,
+        seeds: Sequence[int] | None = None,
+        steps: int = 25,
+        guidance: float = 2.0,
+        images: Sequence[Image.Image | None] | None = None,
+        solver: Solver = "euler",
+        micro_batch: int | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """uint8 `[B, 3, H, W]`: picture i from prompt i, seed i, and what the vision encoder sees of images[i].
+
+        A prompt or image of None (or "") hides that condition. `seeds` are 0 ... B - 1 by default. Raises ValueError
+        where lengths differ or a number cannot work, ConfigError where the model was trained without diffusion.
+        """
+        diffusion, denoiser = self.config.objectives.diffusion, self.model.denoiser
+        if denoiser is None or diffusion is None:
+            raise ConfigError("objectives.diffusion = None: this model was trained without it and cannot draw")
+        columns = self._conditions(prompts, seeds, steps, guidance, images, solver)
+        if not columns:
+            return torch.zeros((0, *self.model.latents.shape), dtype=torch.uint8)
+        schedule = Schedule.from_config(diffusion)
+        shape, device = self.model.latents.shape, self.model.device
+
+        def draw(*part: Tensor) -> Items:
+            x, mask, text, image, keep_text, keep_image, numbers = part
+            encoded = {"text": Encoded(Tokens(x, mask, max_len=x.shape[1]), text), "image": Encoded(Tokens(x), image)}
+            tokens, pooled = self.model.condition(encoded, {"text": keep_text, "image": keep_image})
+            if guidance != 1.0:  # each picture's unconditional row goes through the same forward
+                nothing = torch.zeros_like(keep_text)
+                blank, blank_pooled = self.model.condition(encoded, {"text": nothing, "image": nothing})
+                tokens = tokens._replace(x=torch.cat([tokens.x, blank.x]), mask=torch.cat([mask, mask]))
+                pooled = torch.cat([pooled, blank_pooled])
+
+            def both(z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+                shown, hidden = denoiser(torch.cat([z, z]), torch.cat([sigma, sigma]), tokens, pooled).float().chunk(2)
+                return shown, hidden
+
+            def only(z: Tensor, sigma: Tensor) -> Tensor:
+                return denoiser(z, sigma, tokens, pooled).float()
+
+            noise = torch.cat([normal(number[None], shape, NOISE) for number in numbers])  # each alone: always alike
+            predict = only if guidance == 1.0 else guided(both, guidance)
+            return (self.model.latents.decode(sample(predict, noise, schedule, steps, solver)),)
+
+        size = micro_batch or self._size("draw")
+        pictures = self._run(draw, tuple(column.to(device) for column in columns), size, "drawing" if progress else "")
+        return pictures[0].cpu()
+
+    def _conditions(
+        self,
+        prompts: Sequence[str | None],
+        seeds: Sequence[int] | None,
+        steps: int,
+        guidance: float,
+        images: Sequence[Image.Image | None] | None,
+        solver: str,
+    ) -> Items:
+        """Text tokens, mask, pooled text, pooled image, what to show of either, seeds; () for no prompts."""
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts = {prompts!r}: must be a list; write [{prompts!r}]")
+        numbers = list(range(len(prompts))) if seeds is None else [int(seed) for seed in seeds]
+        for name, given in (("seeds", numbers), ("images", prompts if images is None else images)):
+            if len(given) != len(prompts):
+                raise ValueError(f"{name}: {len(given)} given for {len(prompts)} prompts; give one for each")
+        if any(not -(2**63) <= number < 2**63 for number in numbers):
+            raise ValueError(f"seeds: {max(numbers, key=abs)} has over 63 bits; use a smaller one")
+        if steps < 1:
+            raise ValueError(f"steps = {steps}: must be at least 1")
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance = {guidance}: must be a finite number; 1 is no guidance")
+        if solver not in ("euler", "heun"):
+            raise ValueError(f"solver = {solver!r}: must be 'euler' or 'heun'")
+        if not prompts:
+            return ()
+        texts = ["" if prompt is None else prompt for prompt in prompts]
+        tokens, mask, text = self._run(self._text_condition, self.prepare("text", texts), self._size("text"))
+        image, shown = torch.zeros_like(text), torch.zeros(len(texts))
+        if images is not None:
+            there = [place for place, picture in enumerate(images) if picture is not None]
+            image[there] = self.encode("image", [images[place] for place in there]).to(image.device)
+            shown[there] = 1.0
+        told = torch.tensor([float(bool(words)) for words in texts])
+        return tokens, mask, text, image, told, shown, torch.tensor(numbers, dtype=torch.int64)
+
+    def _text_condition(self, *part: Tensor) -> Items:
+        encoded = self._encoded("text", part)
+        assert encoded.tokens.mask is not None
+        return encoded.tokens.x, encoded.tokens.mask, encoded.pooled
+
+    def _encoded(self, name: str, columns: Items) -> Encoded:
+        batch = Batch({name: columns[0]}, {name: column for column in columns[1:]})
+        return self.model.encode(batch.to(self.model.device))[name]
+
+    def _size(self, kind: str) -> int:
+        alone = self.model.device.type == "cpu" and torch.get_num_threads() > EVEN_THREADS
+        return 1 if alone else MICRO_BATCH.get(kind, 16)
+
+    def _run(self, function: Callable[..., Items], columns: Items, size: int, label: str = "") -> Items:
+        """`function` over micro-batches of exactly `size` items; its columns for the real ones, joined."""
+        from tqdm import tqdm
+
+        total, parts = len(columns[0]), []
+        quiet = torch.autocast(self.model.device.type, enabled=False)
+        bar = tqdm(total=total, desc=label, unit="item", disable=not label, leave=False)
+        with torch.inference_mode(), quiet, bar:
+            for start in range(0, total, size):
+                part = [column[start : start + size] for column in columns]
+                real = len(part[0])
+                # a fresh tensor each: a view's place in memory must not choose the kernel
+                whole = [torch.cat([rows, rows[:1].expand(size - real, *rows.shape[1:])]) for rows in part]
+                parts.append(tuple(column[:real] for column in function(*whole)))
+                bar.update(real)
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))  # out here: usable under autograd

@@ -1,0 +1,95 @@
+"""The denoiser: patches of a noisy image, joint attention with the text, and everything else through adaLN-zero."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm.adapters.image import patchify, unpatchify
+from mm.nn.block import JointBlock
+from mm.nn.position import grid_positions, rotary_angles, timestep_embedding
+from mm.types import Encoded, Tokens
+from mm_kernels import adaln_modulate
+
+if TYPE_CHECKING:
+    from mm.config import DenoiserConfig
+
+
+class Denoiser(nn.Module):
+    """A raw prediction `[B, C, H, W]` from noisy x_t, noise level t and conditions; the schedule says what it means."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: DenoiserConfig, shape: tuple[int, int, int], context_width: int, pooled_width: int):
+        super().__init__()
+        self.config, self.shape, self.width = config, shape, config.width
+        width = config.width
+        patch_width = shape[0] * config.patch**2
+        if config.bottleneck:  # a low-rank patch embedding (JiT)
+            self.patch_in = nn.Sequential(
+                nn.Linear(patch_width, config.bottleneck, bias=False), nn.Linear(config.bottleneck, width)
+            )
+        else:
+            self.patch_in = nn.Linear(patch_width, width)
+        self.context_in = nn.Linear(context_width, width)
+        self.pooled_in = nn.Linear(pooled_width, width)
+        self.time_in = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(
+            JointBlock(width, config.heads, update_context=index < config.context_depth)
+            for index in range(config.depth)
+        )
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.patch_out = nn.Linear(width, patch_width)
+        rows, columns = shape[1] // config.patch, shape[2] // config.patch
+        cos, sin = rotary_angles(grid_positions(rows, columns), width // config.heads)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, condition: Tokens, pooled: Tensor, tap: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x_t `[B, C, H, W]`, t `[B]` in [0, 1], condition tokens `[Bc, L, D_text]`, pooled `[Bc, E_all]`.
+
+        B may be a multiple of Bc: sample i then reads condition i // (B / Bc). With `tap`, the image tokens
+        `[B, N, D]` after that many blocks are returned too.
+        """
+        copies = len(x_t) // len(pooled)
+        vector = self.time_in(timestep_embedding(t, 256)) + self.pooled_in(pooled).repeat_interleave(copies, 0)
+        vector = F.silu(vector)
+        x = self.patch_in(patchify(x_t, self.config.patch))  # [B, N, D]
+        context = self.context_in(condition.x)  # [Bc, L, D]
+        if self.config.context_depth and copies > 1:  # a context with a stream of its own sees the noise level
+            context = context.repeat_interleave(copies, 0)
+        mask = condition.mask
+        if mask is None:
+            mask = torch.ones(condition.x.shape[:2], dtype=torch.bool, device=x.device)
+        mask = F.pad(mask, (x.shape[1], 0), value=True).repeat_interleave(copies, 0)  # [B, N + L]
+        tapped = x
+        for index, block in enumerate(self.blocks):
+            x, context = block(x, context, mask, vector, (self.cos, self.sin))
+            if index + 1 == tap:
+                tapped = x
+        shift, scale = self.final_modulation(vector).chunk(2, dim=-1)
+        out = unpatchify(self.patch_out(adaln_modulate(x, shift, scale)), self.config.patch, self.shape)
+        return out if tap is None else (out, tapped)
+
+
+def gather_condition(
+    encoded: dict[str, Encoded], keep: dict[str, Tensor], batch: int, embed_dim: int, device: torch.device
+) -> tuple[Tokens, Tensor]:
+    """What the denoiser is told: the text's tokens, and the pooled text and image vectors `[B, 2 E]` side by side.
+
+    `keep[modality]` `[B]` is 1 where a condition is shown and 0 where it is hidden: a hidden one becomes zeros, which
+    no real condition is (both are normalised), and keeps its length.
+    """
+    tokens = encoded["text"].tokens
+    tokens = tokens._replace(x=tokens.x * keep["text"].to(tokens.x.dtype)[:, None, None])
+    pooled = [
+        encoded[name].pooled * keep[name][:, None] if name in encoded else torch.zeros(batch, embed_dim, device=device)
+        for name in ("text", "image")
+    ]
+    return tokens, torch.cat(pooled, dim=-1)

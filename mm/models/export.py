@@ -1,0 +1,80 @@
+"""A trained model as three plain files: weights as safetensors, the config, the tokenizer. Loading runs no code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm.adapters.text import tokenizer_from_json
+from mm.config import ConfigError, TrainConfig
+from mm.models.model import Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+
+
+def save_export(
+    folder: str | os.PathLike[str], state: dict[str, Tensor], config: TrainConfig, tokenizer: str, note: dict[str, str]
+) -> None:
+    """Write `state` (of a `TrainStep`), the config and the serialised tokenizer to `folder`, replacing it whole.
+
+    `note` goes into the safetensors metadata: the step, the commit, whatever a reader should know.
+    """
+    from safetensors.torch import save_file
+
+    from mm.settings import save
+
+    folder = Path(folder)
+    fresh = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, fresh / WEIGHTS, metadata=note)
+    save(config, fresh / CONFIG)
+    (fresh / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old)
+    else:
+        fresh.rename(folder)
+
+
+def load_export(folder: str | os.PathLike[str]) -> tuple[Model, dict[str, Tensor], TrainConfig, dict[str, Any]]:
+    """The model in evaluation mode, the objectives' own tensors, the config and the note, from `save_export`'s files.
+
+    Raises ConfigError where a file is missing or the weights are not those of the config.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    from mm.settings import read
+
+    folder = Path(folder)
+    missing = [name for name in (WEIGHTS, CONFIG, TOKENIZER) if not (folder / name).is_file()]
+    if missing:
+        raise ConfigError(f"{folder}: not a released model: no {', '.join(missing)}")
+    config = read(folder / CONFIG)
+    try:
+        tokenizer = tokenizer_from_json((folder / TOKENIZER).read_text(encoding="utf-8"))
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            note = dict(file.metadata() or {})
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{folder}: damaged: {error}") from error
+    model = Model(config.model, tokenizer)
+    ours = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+    expected = model.state_dict()
+    odd = sorted(set(expected) ^ set(ours)) or [
+        name for name, tensor in expected.items() if tensor.shape != ours[name].shape
+    ]
+    if odd:
+        raise ConfigError(f"{folder}: {WEIGHTS} does not fit {CONFIG}: {odd[0]} and {len(odd) - 1} more differ")
+    model.load_state_dict(ours)
+    extras = {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
+    return model.eval().requires_grad_(False), extras, config, note

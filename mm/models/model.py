@@ -1,0 +1,73 @@
+"""The whole model: an adapter and an encoder a modality, one denoiser, one latent space."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from mm.adapters.image import ImageAdapter, ImageProcessor
+from mm.adapters.latents import PixelSpace
+from mm.adapters.text import TextAdapter, TextProcessor
+from mm.models.denoiser import Denoiser, gather_condition
+from mm.models.encoder import Encoder
+from mm.models.init import init_weights
+
+if TYPE_CHECKING:
+    from mm.adapters.base import Adapter, Processor
+    from mm.adapters.text import Tokenizer
+    from mm.config import ModelConfig
+    from mm.types import Batch, Encoded, Tokens
+
+
+class Model(nn.Module):
+    """Both encoders and the denoiser. `config` and `tokenizer` say everything that is needed to build it again."""
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        image, text = config.image, config.text
+        self.adapters = nn.ModuleDict(
+            {
+                "image": ImageAdapter(image, ImageProcessor(image.size, image.crop_scale, image.color_jitter)),
+                "text": TextAdapter(text, TextProcessor(tokenizer, text.context_length, text.word_dropout)),
+            }
+        )
+        self.encoders = nn.ModuleDict(
+            {
+                "image": Encoder(image.width, image.depth, image.heads, config.embed_dim, pool=image.pool),
+                "text": Encoder(
+                    text.width, text.depth, text.heads, config.embed_dim, pool=text.pool, causal=text.causal
+                ),
+            }
+        )
+        self.latents = PixelSpace(image.size)
+        self.denoiser = None
+        if config.denoiser is not None:
+            self.denoiser = Denoiser(config.denoiser, self.latents.shape, text.width, 2 * config.embed_dim)
+        init_weights(self)
+
+    def processors(self, train: bool) -> dict[str, Processor]:
+        """What the loader runs, by input name; in training `target` is the whole picture that diffusion draws."""
+        found = {name: cast("Adapter", adapter).processor for name, adapter in self.adapters.items()}
+        if train and self.denoiser is not None and self.config.image.clean_target:
+            found["target"] = ImageProcessor(self.config.image.size)
+        return found
+
+    def encode(self, batch: Batch) -> dict[str, Encoded]:
+        """Every modality of the batch, once."""
+        return {
+            name: self.encoders[name](cast("Adapter", adapter).embed(batch))
+            for name, adapter in self.adapters.items()
+            if name in batch.inputs
+        }
+
+    def condition(self, encoded: dict[str, Encoded], keep: dict[str, Tensor]) -> tuple[Tokens, Tensor]:
+        """The denoiser's conditions, with the hidden ones blanked; see `gather_condition`."""
+        size, device = len(keep["text"]), keep["text"].device
+        return gather_condition(encoded, keep, size, self.config.embed_dim, device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device

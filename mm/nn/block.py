@@ -1,0 +1,108 @@
+"""Transformer blocks: the pre-norm block of both encoders, and the modulated joint-attention block of the denoiser."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm_kernels import adaln_modulate, attention, qk_norm_rope, rms_norm
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); q and k are RMS-normed (arXiv 2302.05442)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, causal: bool = False):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        hidden = int(width * mlp_ratio)
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.Parameter(torch.ones(width // heads))
+        self.k_norm = nn.Parameter(torch.ones(width // heads))
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x `[B, N, D]`; mask `[B, N]` is True where a token is real."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)  # [B, N, H, Dh] each
+        q, k = qk_norm_rope(q, k, self.q_norm, self.k_norm, None, None)
+        x = x + self.out(attention(q, k, v, mask=mask, causal=self.causal).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
+
+
+class Stream(nn.Module):
+    """One stream of a joint block: its own norms, projections, SwiGLU and modulation (MMDiT, arXiv 2403.03206)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        hidden = swiglu_width(width)
+        self.modulation = nn.Linear(width, 6 * width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.Parameter(torch.ones(width // heads))
+        self.k_norm = nn.Parameter(torch.ones(width // heads))
+        self.out = nn.Linear(width, width)
+        self.gate_up = nn.Linear(width, 2 * hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def project(
+        self, x: Tensor, shift: Tensor, scale: Tensor, angles: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `[B, N, H, Dh]` of the modulated input."""
+        q, k, v = self.qkv(adaln_modulate(x, shift, scale)).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        cos, sin = angles if angles is not None else (None, None)
+        return *qk_norm_rope(q, k, self.q_norm, self.k_norm, cos, sin), v
+
+    def finish(self, x: Tensor, attended: Tensor, gate1: Tensor, shift: Tensor, scale: Tensor, gate2: Tensor) -> Tensor:
+        """The gated attention and the gated SwiGLU added to the residual stream."""
+        normed, x = adaln_modulate(self.out(attended.flatten(2)), shift, scale, gate1, x)
+        gate, up = self.gate_up(normed).chunk(2, dim=-1)
+        return x + gate2[:, None] * self.down(F.silu(gate) * up)
+
+
+class JointBlock(nn.Module):
+    """Image tokens attend to themselves and to the context; with `update_context` the context has a stream too.
+
+    Without it the context is only read (keys and values), as in the last block of SD3, and may hold fewer samples
+    than the image: sample i of the image reads context i // (B_image / B_context).
+    """
+
+    def __init__(self, width: int, heads: int, update_context: bool):
+        super().__init__()
+        self.heads = heads
+        self.image = Stream(width, heads)
+        self.context = Stream(width, heads) if update_context else None
+        if not update_context:
+            self.context_norm = nn.LayerNorm(width)
+            self.context_kv = nn.Linear(width, 2 * width)
+            self.context_k_norm = nn.Parameter(torch.ones(width // heads))
+
+    def forward(
+        self, x: Tensor, context: Tensor, mask: Tensor, vector: Tensor, angles: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """x `[B, N, D]`, context `[Bc, L, D]`, mask `[B, N + L]` of real keys, vector `[B, D]`; returns x and context."""
+        modulation = self.image.modulation(vector).chunk(6, dim=-1)
+        q, k, v = self.image.project(x, *modulation[:2], angles)
+        if self.context is None:
+            ck, cv = self.context_kv(self.context_norm(context)).unflatten(-1, (2, self.heads, -1)).unbind(2)
+            ck = rms_norm(ck, self.context_k_norm)
+            if context.shape[0] != x.shape[0]:
+                copies = x.shape[0] // context.shape[0]
+                ck, cv = ck.repeat_interleave(copies, 0), cv.repeat_interleave(copies, 0)
+            attended = attention(q, torch.cat([k, ck], 1), torch.cat([v, cv], 1), mask=mask)
+            return self.image.finish(x, attended, *modulation[2:]), context
+        context_modulation = self.context.modulation(vector).chunk(6, dim=-1)
+        cq, ck, cv = self.context.project(context, *context_modulation[:2], None)
+        attended = attention(torch.cat([q, cq], 1), torch.cat([k, ck], 1), torch.cat([v, cv], 1), mask=mask)
+        ours, theirs = attended.split([x.shape[1], context.shape[1]], dim=1)
+        return self.image.finish(x, ours, *modulation[2:]), self.context.finish(
+            context, theirs, *context_modulation[2:]
+        )
+
+
+def swiglu_width(width: int) -> int:
+    """8/3 of the width, so that SwiGLU has as many weights as a 4x MLP (arXiv 2002.05202), in steps of 64."""
+    return max(64, round(width * 8 / 3 / 64) * 64)

@@ -1,0 +1,24 @@
+"""What an objective is: a module that owns its parameters and turns a batch and its encodings into a loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from mm.models.model import Model
+    from mm.types import Batch, Encoded, Loss
+
+
+class Objective(nn.Module):
+    """One term of the training loss; `weight` is applied by `TrainStep`."""
+
+    weight: float
+    pairwise: bool = False  # over pairs of samples: a micro-batch alone would not do
+
+    def forward(self, model: Model, batch: Batch, encoded: dict[str, Encoded]) -> Loss:
+        raise NotImplementedError
+
+    def after_step(self, model: Model) -> None:
+        """Called once after each optimizer step."""

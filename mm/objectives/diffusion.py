@@ -1,0 +1,62 @@
+"""The diffusion objective: predict the clean image, judged by its velocity (JiT, arXiv 2511.13720)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mm.diffusion.noise import normal, uniform
+from mm.diffusion.schedule import Schedule
+from mm.nn.pool import scale_gradient
+from mm.objectives.base import Objective
+from mm.types import Batch, Encoded, Loss, Tokens
+
+if TYPE_CHECKING:
+    from mm.config import DiffusionConfig
+    from mm.models.model import Model
+
+NOISE, LEVEL, KEEP = 1, 2, 3  # streams of random numbers
+DENOISER = "denoiser"  # where the tapped tokens of the denoiser are left for other objectives
+
+
+class Diffusion(Objective):
+    """Conditioned on the text's tokens and pooled vector and on the image's pooled vector, each hidden independently.
+
+    With `tap` set, the denoiser's image tokens `[B K, N, D]` after that many blocks are left in `encoded["denoiser"]`.
+    """
+
+    def __init__(self, config: DiffusionConfig, tap: int | None = None):
+        super().__init__()
+        self.weight, self.config, self.tap = config.weight, config, tap
+        self.schedule = Schedule.from_config(config)
+
+    def forward(self, model: Model, batch: Batch, encoded: dict[str, Encoded]) -> Loss:
+        assert model.denoiser is not None
+        config, seeds = self.config, batch.seeds
+        x = model.latents.encode(batch.inputs.get("target", batch.inputs["image"]))
+        noise = normal(seeds, (config.copies, *x.shape[1:]), NOISE).flatten(0, 1)  # [B K, C, H, W]
+        sigma = self.schedule.training_sigma(normal(seeds, (config.copies,), LEVEL).flatten())
+        draws = uniform(seeds, 2, KEEP)
+        keep = {"text": (draws[:, 0] >= config.drop_text).float(), "image": (draws[:, 1] >= config.drop_image).float()}
+        condition, pooled = model.condition(self._switched(encoded), keep)
+        x = x.repeat_interleave(config.copies, 0)
+        z = self.schedule.add_noise(x, noise, sigma)
+        raw = model.denoiser(z, sigma, condition, pooled, self.tap)
+        if self.tap is not None:
+            raw, tapped = raw
+            encoded[DENOISER] = Encoded(Tokens(tapped), tapped.mean(1))
+        # both velocities start from the same z, so their difference is that of the two x over sigma
+        error = self.schedule.velocity(x, raw.float(), sigma)
+        value = error.square().mean()
+        return Loss(value, {"loss/diffusion": value.detach()})
+
+    def _switched(self, encoded: dict[str, Encoded]) -> dict[str, Encoded]:
+        """The encodings with this objective's gradient into each encoder scaled."""
+        scales = {"text": self.config.text_grad, "image": self.config.image_grad}
+        return {
+            name: Encoded(
+                encoded[name].tokens._replace(x=scale_gradient(encoded[name].tokens.x, scale)),
+                scale_gradient(encoded[name].pooled, scale),
+            )
+            for name, scale in scales.items()
+            if name in encoded
+        }

@@ -1,0 +1,67 @@
+"""What a run writes about itself: metrics.jsonl, TensorBoard, FLOPs counted by torch, the machine's own matrix rate."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+
+class MetricsLog:
+    """Appends one JSON object a line. Lines after the step that a run resumes from are removed first."""
+
+    def __init__(self, run: Path, step: int, tensorboard: bool):
+        self.path = run / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+            fresh = run / ".metrics.tmp"
+            fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            fresh.replace(self.path)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self.board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line; every number also goes to TensorBoard where that is on."""
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def _step(line: str) -> float:
+    """The step of a line; a line that a kill cut short counts as later than any."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, rounds: int = 7) -> float:
+    """FLOP/s of a square matrix product on this device, now: the median of several rounds after a warm-up."""
+    if device.type == "cuda":
+        size *= 4
+    a = torch.randn(size, size, device=device).to(dtype)
+    seconds = []
+    for number in range(rounds + 2):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if number >= 2:
+            seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / median(seconds)

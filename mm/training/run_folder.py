@@ -1,0 +1,51 @@
+"""A run folder: who may write to it, which config it belongs to, and the tokenizer that its model was built with."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mm import settings
+from mm.adapters.text import ClipTokenizer, Tokenizer, tokenizer_from_json, train_tokenizer
+from mm.config import ConfigError, TrainConfig
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run folder for this process alone. Raises ConfigError where another process trains in it."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"run.dir = {run}: another process is training there; choose another folder") from error
+        yield
+
+
+def saved_config(run: Path) -> TrainConfig | None:
+    """The config of the run that the folder holds, or None for a new folder."""
+    path = run / "config.json"
+    return settings.read(path) if path.exists() else None
+
+
+def claim(run: Path, config: TrainConfig) -> None:
+    """Write the config into a new folder. Raises ConfigError where the folder holds a run of another config."""
+    saved = saved_config(run)
+    if saved is not None and (changes := settings.difference(saved, config)):
+        raise ConfigError(f"run.dir = {run} holds another run ({'; '.join(changes)}); choose another folder")
+    settings.save(config, run / "config.json")
+
+
+def tokenizer_of(run: Path, config: TrainConfig, captions: Callable[[], list[str]]) -> Tokenizer:
+    """The run's own tokenizer; for a new run it is made, from the training captions where the config says so."""
+    path = run / "tokenizer.json"
+    if path.exists():
+        return tokenizer_from_json(path.read_text(encoding="utf-8"))
+    text = config.model.text
+    tokenizer = ClipTokenizer() if text.tokenizer == "clip" else train_tokenizer(captions(), text.vocab_size)
+    fresh = run / ".tokenizer.tmp"
+    fresh.write_text(tokenizer.to_json(), encoding="utf-8")
+    fresh.replace(path)
+    return tokenizer
