@@ -19,7 +19,10 @@ CONFIG is a Python file with `def config() -> TrainConfig`; any field of it can 
 
 
 def train(argv: Sequence[str]) -> int:
-    """Trains what `argv` describes, to the end: 0. Raises ConfigError before anything is built."""
+    """Trains what `argv` describes: 0 at the end, 128 + signal where one stopped it after a save.
+
+    Raises ConfigError before anything is built.
+    """
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else 2
@@ -30,9 +33,14 @@ def train(argv: Sequence[str]) -> int:
     if not config.data.train:
         raise settings.ConfigError("data.train = '': names no shards; add --data.train FOLDER or a pattern")
 
-    from mm.training.loop import run
+    from mm.evaluation.callbacks import callbacks
+    from mm.training.loop import Stopped, run
 
-    run(config)
+    try:
+        run(config, callbacks)
+    except Stopped as stopped:
+        print(f"mm: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     return 0
 
 

@@ -20,11 +20,10 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on `device`."""
-        move = {"device": device, "non_blocking": non_blocking}
         return Batch(
-            {name: tensor.to(**move) for name, tensor in self.inputs.items()},
-            {name: tensor.to(**move) for name, tensor in self.lengths.items()},
-            self.seeds.to(**move),
+            {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.inputs.items()},
+            {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.lengths.items()},
+            self.seeds.to(device, non_blocking=non_blocking),
             self.keys,
         )
 

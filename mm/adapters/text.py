@@ -39,7 +39,7 @@ class CorpusTokenizer:
 
         self._rust = Rust.from_str(serialized)
         self.vocab_size = self._rust.get_vocab_size()
-        self._end = self._rust.token_to_id(END)
+        self._end: int = self._rust.encode(END).ids[0]  # a special token is never split
 
     def encode(self, text: str) -> list[int]:
         return [*self._rust.encode(text).ids, self._end]

@@ -148,23 +148,29 @@ class Batches(Dataset[Made]):
         }
 
 
-class Carried(Dataset[Made | Exception]):
+class Failure(NamedTuple):
+    """An error of a worker process, and its traceback as text."""
+
+    error: Exception
+    trace: str
+
+
+class Carried(Dataset[Any]):
     """`Batches` for a worker process: an error is a value, so that the main process raises the same one.
 
-    torch would wrap its message in a traceback; that is kept as a note instead.
+    torch would raise another, with the traceback inside its message.
     """
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
 
-    def __getitem__(self, n: int) -> Made | Exception:
+    def __getitem__(self, n: int) -> Made | Failure:
         try:
             return self.batches[n]
         except Exception as error:
             trace = traceback.format_exc()
             try:
-                carried: Exception = pickle.loads(pickle.dumps(error))
+                carried = pickle.loads(pickle.dumps(error))
             except Exception:  # an error class may not survive pickling: tell what it was
                 carried = RuntimeError(repr(error))
-            carried.add_note(f"in a data worker:\n{trace}")
-            return carried
+            return Failure(carried, trace)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from mm.adapters.base import Processor
 from mm.config import ConfigError
-from mm.data.batches import Batches, Carried, Made
+from mm.data.batches import Batches, Carried, Failure, Made
 from mm.data.index import Entry, ShardIndex, expand
 from mm.data.order import Order
 from mm.data.reader import read_captions
@@ -98,7 +98,7 @@ class Loader:
         # a forked copy of a process with threads and CUDA may hang: workers start from a clean, small server process
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["mm.data.batches"])
-        loader: DataLoader[Made | Exception] = DataLoader(
+        loader: DataLoader[Made | Failure] = DataLoader(
             Carried(self._batches),
             batch_size=None,  # a worker makes whole batches
             sampler=numbers,
@@ -110,8 +110,8 @@ class Loader:
             generator=torch.Generator(),  # else it draws from the global one, and workers would change the run
         )
         for made in loader:
-            if isinstance(made, Exception):
-                raise made
+            if isinstance(made, Failure):
+                raise made.error from RuntimeError(f"in a data worker:\n{made.trace}")
             yield made
 
     def _judge(self) -> None:

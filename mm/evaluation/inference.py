@@ -197,7 +197,8 @@ class Inference:
         return encoded.tokens.x, encoded.tokens.mask, encoded.pooled
 
     def _encoded(self, name: str, columns: Items) -> Encoded:
-        batch = Batch({name: columns[0]}, {name: column for column in columns[1:]})
+        lengths = {name: columns[1]} if len(columns) > 1 else {}
+        batch = Batch({name: columns[0]}, lengths)
         return self.model.encode(batch.to(self.model.device))[name]
 
     def _size(self, kind: str) -> int:

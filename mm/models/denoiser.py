@@ -29,12 +29,9 @@ class Denoiser(nn.Module):
         self.config, self.shape, self.width = config, shape, config.width
         width = config.width
         patch_width = shape[0] * config.patch**2
-        if config.bottleneck:  # a low-rank patch embedding (JiT)
-            self.patch_in = nn.Sequential(
-                nn.Linear(patch_width, config.bottleneck, bias=False), nn.Linear(config.bottleneck, width)
-            )
-        else:
-            self.patch_in = nn.Linear(patch_width, width)
+        narrow = config.bottleneck  # a low-rank patch embedding (JiT)
+        self.patch_down = nn.Linear(patch_width, narrow, bias=False) if narrow else nn.Identity()
+        self.patch_in = nn.Linear(narrow or patch_width, width)
         self.context_in = nn.Linear(context_width, width)
         self.pooled_in = nn.Linear(pooled_width, width)
         self.time_in = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -60,7 +57,7 @@ class Denoiser(nn.Module):
         copies = len(x_t) // len(pooled)
         vector = self.time_in(timestep_embedding(t, 256)) + self.pooled_in(pooled).repeat_interleave(copies, 0)
         vector = F.silu(vector)
-        x = self.patch_in(patchify(x_t, self.config.patch))  # [B, N, D]
+        x = self.patch_in(self.patch_down(patchify(x_t, self.config.patch)))  # [B, N, D]
         context = self.context_in(condition.x)  # [Bc, L, D]
         if self.config.context_depth and copies > 1:  # a context with a stream of its own sees the noise level
             context = context.repeat_interleave(copies, 0)

@@ -83,9 +83,9 @@ class JointBlock(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, mask: Tensor, vector: Tensor, angles: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """x `[B, N, D]`, context `[Bc, L, D]`, mask `[B, N + L]` of real keys, vector `[B, D]`; returns x and context."""
-        modulation = self.image.modulation(vector).chunk(6, dim=-1)
-        q, k, v = self.image.project(x, *modulation[:2], angles)
+        """x `[B, N, D]`, context `[Bc, L, D]`, mask `[B, N + L]` of real keys, vector `[B, D]`; x and context back."""
+        shift, scale, *modulation = self.image.modulation(vector).chunk(6, dim=-1)
+        q, k, v = self.image.project(x, shift, scale, angles)
         if self.context is None:
             ck, cv = self.context_kv(self.context_norm(context)).unflatten(-1, (2, self.heads, -1)).unbind(2)
             ck = rms_norm(ck, self.context_k_norm)
@@ -93,14 +93,12 @@ class JointBlock(nn.Module):
                 copies = x.shape[0] // context.shape[0]
                 ck, cv = ck.repeat_interleave(copies, 0), cv.repeat_interleave(copies, 0)
             attended = attention(q, torch.cat([k, ck], 1), torch.cat([v, cv], 1), mask=mask)
-            return self.image.finish(x, attended, *modulation[2:]), context
-        context_modulation = self.context.modulation(vector).chunk(6, dim=-1)
-        cq, ck, cv = self.context.project(context, *context_modulation[:2], None)
+            return self.image.finish(x, attended, *modulation), context
+        shift, scale, *context_modulation = self.context.modulation(vector).chunk(6, dim=-1)
+        cq, ck, cv = self.context.project(context, shift, scale, None)
         attended = attention(torch.cat([q, cq], 1), torch.cat([k, ck], 1), torch.cat([v, cv], 1), mask=mask)
         ours, theirs = attended.split([x.shape[1], context.shape[1]], dim=1)
-        return self.image.finish(x, ours, *modulation[2:]), self.context.finish(
-            context, theirs, *context_modulation[2:]
-        )
+        return self.image.finish(x, ours, *modulation), self.context.finish(context, theirs, *context_modulation)
 
 
 def swiglu_width(width: int) -> int:

@@ -30,7 +30,7 @@ def rotary_angles(positions: Tensor, head_dim: int, base: float = 10000.0) -> tu
 
 
 def timestep_embedding(t: Tensor, width: int, period: float = 10000.0) -> Tensor:
-    """Sinusoids `[B, width]` of a noise level t in [0, 1] `[B]`, as in DDPM (arXiv 2006.11239) with t scaled by 1000."""
+    """Sinusoids `[B, width]` of a noise level t in [0, 1] `[B]`, as DDPM's (arXiv 2006.11239), t scaled by 1000."""
     half = width // 2
     frequency = torch.exp(-math.log(period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = 1000.0 * t.float()[:, None] * frequency

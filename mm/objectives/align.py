@@ -60,7 +60,7 @@ class Align(Objective):
     @torch.no_grad()
     def after_step(self, model: Model) -> None:
         self.steps += 1
-        student = [*model.adapters["image"].parameters(), *model.encoders["image"].parameters()]
+        student: list[Tensor] = [*model.adapters["image"].parameters(), *model.encoders["image"].parameters()]
         torch._foreach_lerp_(list(self.teacher.parameters()), student, 1 - self.config.decay)
 
 
@@ -71,6 +71,6 @@ def _as_grid(tokens: Tensor) -> Tensor:
 
 
 def _normalise(grid: Tensor, gamma: float) -> Tensor:
-    """Take off `gamma` of the mean token and divide by the spread over the image: what is left says where things are."""
+    """Less `gamma` of the mean token, over the spread within the image: what is left says where things are."""
     centred = grid - gamma * grid.mean((2, 3), keepdim=True)
     return centred / (centred.std((2, 3), keepdim=True) + 1e-6)

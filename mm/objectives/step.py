@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class TrainStep(nn.Module):
     """A model and its objectives, in the order in which they run."""
 
-    def __init__(self, model: Model, objectives: dict[str, Objective]):
+    def __init__(self, model: Model, objectives: Mapping[str, Objective]):
         super().__init__()
         self.model = model
         self.objectives = nn.ModuleDict(objectives)
@@ -124,7 +125,8 @@ class TrainStep(nn.Module):
 def build_step(config: TrainConfig, tokenizer: Tokenizer) -> TrainStep:
     """The model and the enabled objectives of a config, freshly initialised from torch's global generator."""
     model = Model(config.model, tokenizer)
-    wanted, objectives = config.objectives, {}
+    wanted = config.objectives
+    objectives: dict[str, Objective] = {}
     if wanted.contrastive is not None:
         objectives["contrastive"] = Contrastive(wanted.contrastive)
     if wanted.diffusion is not None:

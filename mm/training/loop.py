@@ -98,8 +98,8 @@ class Trainer:
         metrics["grad_norm"] = self.optimizers.clip()
         if not math.isfinite(metrics["loss"].item()) or not math.isfinite(metrics["grad_norm"].item()):
             raise Diverged(
-                f"step {self.step + 1}: loss = {metrics['loss'].item()}, grad_norm = {metrics['grad_norm'].item()}; "
-                f"lower optim.lr or look at the samples {', '.join(batch.keys[:8])} ..."
+                f"step {self.step + 1}: loss = {metrics['loss'].item()}, grad_norm = {metrics['grad_norm'].item()} is "
+                f"not finite; lower optim.lr or look at the samples {', '.join(batch.keys[:8])} ..."
             )
         rate = self.optimizers.step(self.step, factor)
         self.ema.update(self.step, None if factor is None else 0.0)

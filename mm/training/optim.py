@@ -1,10 +1,10 @@
-"""AdamW, or Muon on the matrices of the blocks and AdamW on the rest; one learning-rate schedule, a function of the step."""
+"""AdamW, or Muon on the matrices of the blocks and AdamW on the rest; the learning rate is a function of the step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class Optimizers:
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         muon = {name for name, p in self.named.items() if config.name == "muon" and is_matrix(name, p)}
         rest = {name: p for name, p in self.named.items() if name not in muon}
-        groups = [  # biases, norms, positions, embeddings and scalars are not decayed
+        groups: list[dict[str, Any]] = [  # biases, norms, positions, embeddings and scalars are not decayed
             {"params": [p for name, p in rest.items() if p.ndim >= 2 and not is_table(name)]},
             {"params": [p for name, p in rest.items() if p.ndim < 2 or is_table(name)], "weight_decay": 0.0},
         ]

@@ -1,0 +1,240 @@
+"""A trained model measured on held-out shards: zero-shot classification, retrieval, and drawing from captions."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.config import ConfigError
+from mm.evaluation import samples
+from mm.evaluation.images import pixel_rank, write_whole
+from mm.evaluation.inference import Inference
+from mm.evaluation.retrieval import recall
+from mm.evaluation.samples import SampleSet
+from mm.fields import suggestion
+from mm.models.export import WEIGHTS, load_export
+
+SKIN = "skin tone"  # in a caption: a variant that differs from its neighbours in one colour
+NEAR = 10  # a drawing is right when its picture is among so many nearest
+BATCH = {"image": 256, "text": 256, "draw": 32}  # larger than a user's: the order here is always the same
+
+
+@dataclass
+class Share:
+    """A share of `n` yes-or-no outcomes with its binomial standard error."""
+
+    value: float
+    error: float
+    n: int
+
+    @classmethod
+    def of(cls, outcomes: Iterable[bool]) -> Share:
+        right = [bool(outcome) for outcome in outcomes]
+        value = sum(right) / len(right) if right else math.nan
+        return cls(value, math.sqrt(value * (1 - value) / len(right)) if right else math.nan, len(right))
+
+
+def evaluate(
+    run: str | os.PathLike[str],
+    *,
+    data: str,
+    tasks: Sequence[str] = ("zero_shot", "generation"),
+    candidates: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    limit: int = 200,
+    steps: int = 25,
+    guidance: float = 2.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measures the model of a run folder on the held-out shards `data`; returns the result, and writes it to `out`.
+
+    `candidates`: shards whose captions and pictures are the whole label set and reference set, by default all splits
+    beside `data`. `tasks`: any of zero_shot, retrieval, generation. Generation draws the held-out captions and, where
+    there are train shards, `limit` of theirs, drawing i with seed `seed` + i. Deterministic. Raises ConfigError for a
+    run, shards or a task that cannot be used.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise ConfigError(f"tasks: no task {task!r}{suggestion(task, TASKS)}; there are {', '.join(TASKS)}")
+    if not tasks or limit < 1:
+        raise ConfigError(f"tasks = {list(tasks)}, limit = {limit}: nothing to measure; give a task and a limit of 1")
+    folder = Path(run)
+    model, extras, config, note = load_export(folder if (folder / WEIGHTS).is_file() else folder / "export")
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    inference = Inference(model, config, extras)
+    held_out, reference = samples.around(data, candidates)
+    files = list(dict.fromkeys([*reference, *held_out]))
+    read = samples.read_samples(files, inference.processor("image"), progress=progress)
+    job = Job(
+        inference,
+        read,
+        held_out=read.within(set(map(os.path.abspath, held_out))),
+        candidates=read.within(set(map(os.path.abspath, reference))),
+        settings={"limit": limit, "steps": steps, "guidance": guidance, "solver": "euler", "seed": seed},
+        progress=progress,
+    )
+    result: dict[str, Any] = {
+        "run": folder.resolve().name,
+        "step": int(note["step"]) if str(note.get("step", "")).isdigit() else None,
+        "seed": config.run.seed,
+        "data": [Path(file).name for file in held_out],
+        "held_out": len(job.held_out),
+        "candidates": len(job.candidates),
+        "unusable": read.unusable,
+        "settings": job.settings,
+        "versions": versions(),
+        "commit": commit(),
+        "seconds": {},
+        "samples": [{"key": read.keys[place], "caption": read.captions[place]} for place in job.held_out],
+    }
+    for task in dict.fromkeys(tasks):
+        started = time.perf_counter()
+        result[task] = TASKS[task](job, result["samples"])
+        result["seconds"][task] = round(time.perf_counter() - started, 2)
+    if out is not None:
+        write_whole(out, (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+@dataclass
+class Job:
+    """What every task is given; places are of `samples`."""
+
+    inference: Inference
+    samples: SampleSet
+    held_out: list[int]
+    candidates: list[int]
+    settings: dict[str, Any]
+    progress: bool
+
+    def captions(self, places: Sequence[int]) -> list[str]:
+        return [self.samples.captions[place] for place in places]
+
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        return self.inference.encode("text", captions, micro_batch=BATCH["text"], progress=self.progress)
+
+    def pictures(self, places: Sequence[int]) -> Tensor:
+        columns = (self.samples.images[list(places)],)
+        return self.inference.embed("image", columns, micro_batch=BATCH["image"], progress=self.progress)
+
+
+def _zero_shot(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Top-1 and top-5 of the held-out pictures, labels being the held-out names or all names; equal names are one."""
+    embeddings, truth = job.pictures(job.held_out), job.captions(job.held_out)
+    found: dict[str, Any] = {}
+    for name, places in (("held_out_names", job.held_out), ("all_names", job.candidates)):
+        labels = list(dict.fromkeys([*job.captions(places), *truth]))
+        guesses = (embeddings @ job.texts(labels).T).topk(min(5, len(labels)), dim=1).indices.tolist()
+        for record, row in zip(records, guesses, strict=True):
+            record[name] = [labels[guess] for guess in row]
+        hits = {k: [record["caption"] in record[name][:k] for record in records] for k in (1, 5)}
+        found[name] = {"labels": len(labels), **{f"top{k}": asdict(Share.of(hit)) for k, hit in hits.items()}}
+        found[f"{name}_without_skin_tones"] = {
+            "labels": len(labels),  # all of them: only pictures are left out
+            **{f"top{k}": asdict(_without_skin(hit, truth)) for k, hit in hits.items()},
+        }
+    return found
+
+
+def _retrieval(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Recall among the held-out pairs, both ways."""
+    found = recall(job.pictures(job.held_out), job.texts(job.captions(job.held_out)))
+    return {"pairs": len(job.held_out), **found}
+
+
+def _generation(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """How often the right picture is among the nearest to what is drawn from its caption."""
+    train = [p for p in job.candidates if samples.is_train(job.samples.shards[p]) and p not in set(job.held_out)]
+    train = samples.evenly(train, job.settings["limit"])
+    wanted = [*train, *job.held_out]
+    bank = list(dict.fromkeys([*job.candidates, *job.held_out]))
+    settings = job.settings
+    drawn = job.inference.generate(
+        job.captions(wanted),
+        seeds=range(settings["seed"], settings["seed"] + len(wanted)),
+        steps=settings["steps"],
+        guidance=settings["guidance"],
+        micro_batch=BATCH["draw"],
+        progress=job.progress,
+    )
+    ranks = pixel_rank(drawn, job.samples.images[bank], samples.index_of(wanted, bank)).tolist()
+    for record, rank in zip(records, ranks[len(train) :], strict=True):
+        record["drawing_rank"] = rank
+    near = [rank < NEAR for rank in ranks]
+    ours, theirs = near[: len(train)], near[len(train) :]
+    found: dict[str, Any] = {"references": len(bank), "near": NEAR}
+    for name, hits, places in (("train", ours, train), ("held_out", theirs, job.held_out)):
+        if places:
+            found[name] = asdict(Share.of(hits))
+            found[f"{name}_without_skin_tones"] = asdict(_without_skin(hits, job.captions(places)))
+    return found
+
+
+TASKS = {"zero_shot": _zero_shot, "retrieval": _retrieval, "generation": _generation}
+
+
+def _without_skin(hits: Sequence[bool], captions: Sequence[str]) -> Share:
+    return Share.of(hit for hit, caption in zip(hits, captions, strict=True) if SKIN not in caption)
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    import mm
+
+    return {"mm": mm.__version__, "python": platform.python_version(), "torch": torch.__version__}
+
+
+def commit() -> str | None:
+    """The commit of this code where it runs from a git checkout, "-dirty" if files differ from it; else None."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def headlines(result: dict[str, Any]) -> dict[str, Share]:
+    """The shares of a result that are worth a line each, by what they say."""
+    wanted = {
+        "zero-shot top-1, held-out names": ("zero_shot", "held_out_names", "top1"),
+        "zero-shot top-1, all names": ("zero_shot", "all_names", "top1"),
+        "… held-out names, without skin tones": ("zero_shot", "held_out_names_without_skin_tones", "top1"),
+        "… all names, without skin tones": ("zero_shot", "all_names_without_skin_tones", "top1"),
+        "drawing, training captions": ("generation", "train"),
+        "drawing, held-out captions": ("generation", "held_out"),
+        "… held-out captions, without skin tones": ("generation", "held_out_without_skin_tones"),
+    }
+    found = {}
+    for title, path in wanted.items():
+        node: Any = result
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is not None:
+            found[title] = Share(**node)
+    return found
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A result as a few lines for a terminal."""
+    lines = [
+        f"{title:<40} {100 * share.value:5.1f} % ± {100 * share.error:.1f}  (n = {share.n})"
+        for title, share in headlines(result).items()
+    ]
+    lines += [f"{name:<40} {100 * value:5.1f} %" for name, value in result.get("retrieval", {}).items() if "@" in name]
+    return "\n".join(lines)
