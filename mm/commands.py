@@ -65,12 +65,7 @@ def demo(argv: Sequence[str]) -> int:
     args = parser.read(argv)
     from mm.demo import main as run
 
-    if args.seeds == 1:
-        run(args.minutes, args.out, args.seed)
-    else:
-        for seed in range(args.seed, args.seed + args.seeds):
-            run(args.minutes, os.path.join(args.out, f"seed-{seed}"), seed)
-    return 0
+    return run(args.minutes, args.out, args.seed, args.seeds)
 
 
 def shards(argv: Sequence[str]) -> int:
@@ -231,7 +226,7 @@ def evaluate(argv: Sequence[str]) -> int:
     parser = Parser("evaluate", "Measures a trained model on shards.")
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("--data", metavar="SHARDS", required=True, help="a folder, a pattern, or several joined by ::")
-    parser.add_argument("--labels-from", metavar="SHARDS", help="shards whose captions are the labels (default: DATA)")
+    parser.add_argument("--labels-from", metavar="SHARDS", help="shards of the whole label set (default: all splits)")
     parser.add_argument("--tasks", default="zero_shot,generation", help="comma-separated (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE", help="write the results there too, as JSON")
     args = parser.read(argv)
@@ -239,9 +234,10 @@ def evaluate(argv: Sequence[str]) -> int:
     if not tasks:
         raise UsageError(f'--tasks "{args.tasks}": names no task; try zero_shot,generation')
     from mm.evaluation.run import evaluate as run
+    from mm.evaluation.run import summary
 
-    labels = {"labels_from": args.labels_from} if args.labels_from else {}
-    run(args.run, data=args.data, tasks=tasks, out=args.out, **labels)
+    show = sys.stderr.isatty()
+    print(summary(run(args.run, data=args.data, tasks=tasks, candidates=args.labels_from, out=args.out, progress=show)))
     return 0
 
 

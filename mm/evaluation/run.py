@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
@@ -82,6 +83,7 @@ def evaluate(
         read,
         held_out=read.within(set(map(os.path.abspath, held_out))),
         candidates=read.within(set(map(os.path.abspath, reference))),
+        left_out=samples.left_out_names(reference),
         settings={"limit": limit, "steps": steps, "guidance": guidance, "solver": "euler", "seed": seed},
         progress=progress,
     )
@@ -116,6 +118,7 @@ class Job:
     samples: SampleSet
     held_out: list[int]
     candidates: list[int]
+    left_out: list[str]
     settings: dict[str, Any]
     progress: bool
 
@@ -135,7 +138,8 @@ def _zero_shot(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
     embeddings, truth = job.pictures(job.held_out), job.captions(job.held_out)
     found: dict[str, Any] = {}
     for name, places in (("held_out_names", job.held_out), ("all_names", job.candidates)):
-        labels = list(dict.fromkeys([*job.captions(places), *truth]))
+        others = job.left_out if name == "all_names" else []
+        labels = list(dict.fromkeys([*job.captions(places), *truth, *others]))
         guesses = (embeddings @ job.texts(labels).T).topk(min(5, len(labels)), dim=1).indices.tolist()
         for record, row in zip(records, guesses, strict=True):
             record[name] = [labels[guess] for guess in row]
@@ -191,9 +195,11 @@ def _without_skin(hits: Sequence[bool], captions: Sequence[str]) -> Share:
 
 def versions() -> dict[str, str]:
     """Of what a result depends on."""
-    import mm
-
-    return {"mm": mm.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    try:
+        ours = importlib.metadata.version("mm")
+    except importlib.metadata.PackageNotFoundError:
+        ours = "not installed"
+    return {"mm": ours, "python": platform.python_version(), "torch": torch.__version__}
 
 
 def commit() -> str | None:

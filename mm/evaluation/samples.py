@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,16 @@ class SampleSet:
     def within(self, shards: set[str]) -> list[int]:
         """Places of the samples that lie in some shards."""
         return [place for place, shard in enumerate(self.shards) if shard in shards]
+
+
+def left_out_names(files: list[str]) -> list[str]:
+    """Names that the manifests beside the shards list without a picture: labels that no picture here may be given."""
+    names: list[str] = []
+    for folder in dict.fromkeys(Path(file).parent for file in files):
+        manifest = folder / "shards.json"
+        if manifest.is_file():
+            names += json.loads(manifest.read_text(encoding="utf-8")).get("left_out", [])
+    return names
 
 
 def read_samples(files: list[str], processor: Processor, *, progress: bool = False) -> SampleSet:

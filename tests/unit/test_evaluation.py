@@ -107,9 +107,7 @@ def quick(run: Path, shards: Path, **options: Any) -> dict[str, Any]:
     return evaluate(run, data=str(shards / "val-*.tar"), tasks=tuple(evaluation.TASKS), **settings)
 
 
-def test_an_evaluation_counts_what_it_says_and_repeats_itself(
-    run: Path, openmoji_shards: Path, tmp_path: Path
-) -> None:
+def test_an_evaluation_counts_what_it_says_and_repeats_itself(run: Path, openmoji_shards: Path, tmp_path: Path) -> None:
     result = quick(run, openmoji_shards, out=tmp_path / "deep" / "results.json")
     assert json.loads((tmp_path / "deep" / "results.json").read_text()) == json.loads(json.dumps(result))
     assert result["candidates"] > result["held_out"] > 5 and result["step"] == 7 and result["run"] == "tiny"

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mm.config import ConfigError
 from mm.evaluation.charts import line_chart, running_mean, ticks
 from mm.evaluation.gallery import Drawing, Gallery, Guess
 from mm.evaluation.report import duration, write_report
+from mm.evaluation.run import evaluate
 
 VOID = {"meta", "img", "br", "link", "input", "line", "path"}
 
@@ -136,8 +138,13 @@ def test_a_chart_holds_its_line_within_its_frame() -> None:
 
 @pytest.fixture
 def small_demo(root: Path, openmoji_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose shards are already there, and the debug config in place of the demo's."""
-    monkeypatch.setattr(demo, "config_file", lambda: root / "configs" / "debug.py")
+    """A folder whose shards are already there; the debug config, one thread and few drawings in place of the demo's."""
+    text = (root / "configs" / "debug.py").read_text(encoding="utf-8")
+    (tmp_path / "small.py").write_text(text.replace("compile=False", "compile=False, threads=1"), encoding="utf-8")
+    monkeypatch.setattr(demo, "config_file", lambda: tmp_path / "small.py")
+    monkeypatch.setattr("mm.evaluation.run.evaluate", partial(evaluate, limit=4, steps=2, progress=False))
+    for name in ("mm.training.loop.matrix_rate", "mm.training.metrics.matrix_rate"):
+        monkeypatch.setattr(name, lambda *_: 1e11)
     shutil.copytree(openmoji_shards, tmp_path / "demo" / "shards")
     return tmp_path / "demo"
 
