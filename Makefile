@@ -15,7 +15,7 @@ BENCHES := $(filter-out %/__init__.py,$(wildcard tools/bench/[!_]*.py kernels/be
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 	@echo
-	@echo "Variables: MINUTES=$(MINUTES) OUT=$(OUT) ARGS='--seed 1' (demo), PYTHON=$(PYTHON) (3.10 or newer)"
+	@echo "Variables: MINUTES=$(MINUTES) OUT=$(OUT) ARGS='--seed 1' (demo), PYTHON=$(PYTHON) (3.11 or newer)"
 
 demo: $(STAMP) ## data, training, evaluation, pictures and report.html in OUT
 	$(BIN)/mm demo --minutes $(MINUTES) --out $(OUT) $(ARGS)

@@ -9,10 +9,8 @@ model.generate(["red heart"], seeds=[0])           # [PIL.Image]
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +20,7 @@ from mm.config import ConfigError, TrainConfig
 from mm.diffusion.sampler import Solver
 from mm.evaluation.inference import Inference
 from mm.evaluation.zero_shot import Classifier, classifier
-from mm.models.export import CONFIG, WEIGHTS, load_export
+from mm.models.export import find_export, load_export
 from mm.models.model import Model
 
 if TYPE_CHECKING:
@@ -94,37 +92,6 @@ def load(source: str | os.PathLike[str], *, device: str = "auto") -> LoadedModel
     where = _device(device)
     model, extras, config, note = load_export(find_export(name))
     return LoadedModel(model.float().to(where), config, extras, note)
-
-
-def find_export(source: str | os.PathLike[str]) -> Path:
-    """The folder with the weights: `source` itself or its `export/`. Raises ConfigError where there is neither."""
-    folder = Path(source)
-    if (folder / WEIGHTS).is_file():
-        return folder
-    if (folder / EXPORT).is_dir():
-        return folder / EXPORT
-    if not folder.is_dir():
-        what = "is a file, not a run folder" if folder.exists() else "no such run folder"
-        raise ConfigError(f"{source}: {what}{_neighbours(folder)}")
-    if (folder / CONFIG).is_file():
-        raise ConfigError(
-            f"{source}: has no {EXPORT}/ yet; let its training finish (the same mm train command resumes)"
-        )
-    inside = sorted(path.parent.parent.name for path in folder.glob(f"*/{EXPORT}/{WEIGHTS}"))
-    hint = f"; it holds the runs {', '.join(inside)}" if inside else "; a run folder holds config.json and export/"
-    raise ConfigError(f"{source}: not a run folder{hint}")
-
-
-def _neighbours(folder: Path) -> str:
-    """The names beside a missing folder that are most like it."""
-    parent = folder.parent
-    if not parent.is_dir():
-        return f"; the folder {parent} does not exist either"
-    names = sorted(path.name for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
-    close = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.5)
-    if close:
-        return f"; did you mean {' or '.join(str(parent / name) for name in close)}?"
-    return "; `mm demo` trains one in runs/demo"
 
 
 def _device(name: str) -> torch.device:

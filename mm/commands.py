@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -160,12 +161,12 @@ def _labels(text: str | None, file: str | None) -> list[str]:
 
 def open_image(path: str) -> Image.Image:
     """The decoded image of a file. Raises UsageError naming the file where it is not an image, or damaged."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
             image.load()
-            return image
+            return ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
         raise UsageError(f"{path}: not an image that Pillow can read") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

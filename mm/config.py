@@ -106,7 +106,8 @@ class ContrastiveConfig:
 @dataclass(slots=True, kw_only=True)
 class DiffusionConfig:
     weight: float = 1.0
-    copies: int = 1  # noise levels drawn for each encoded sample
+    share: float = 1.0  # of a batch's samples that are drawn from; the others only serve the contrastive objective
+    copies: int = 1  # noise levels drawn for each of those
     sigma_mean: float = 0.8  # logit of the noise level: mean ...
     sigma_std: float = 0.8  # ... and standard deviation
     noise_scale: float = 1.0  # standard deviation of the noise; JiT: image size / 256, at least 1
@@ -208,9 +209,9 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "between 0 and 1",
         lambda number: 0 <= number <= 1,
         "data.max_error_rate model.image.color_jitter model.text.word_dropout objectives.diffusion.drop_text "
-        "objectives.diffusion.drop_image optim.final",
+        "objectives.diffusion.drop_image objectives.align.gamma objectives.align.decay optim.final",
     ),
-    ("above 0 and at most 1", lambda number: 0 < number <= 1, "model.image.crop_scale"),
+    ("above 0 and at most 1", lambda number: 0 < number <= 1, "model.image.crop_scale objectives.diffusion.share"),
     ("at least 0 and below 1", lambda number: 0 <= number < 1, "optim.betas optim.muon_momentum optim.ema"),
 )
 
@@ -267,6 +268,11 @@ def _validate_objectives(config: TrainConfig) -> None:
     if diffusion and not config.model.denoiser:
         raise ConfigError(
             "model.denoiser = None: objectives.diffusion needs it; set model.denoiser, or objectives.diffusion = None"
+        )
+    if diffusion and diffusion.share < 1 and config.optim.accumulate > 1:
+        raise ConfigError(
+            f"objectives.diffusion.share = {diffusion.share}: with optim.accumulate = {config.optim.accumulate} other "
+            "samples would be drawn than in one batch; set one of the two to 1"
         )
     if align and not diffusion:
         raise ConfigError(

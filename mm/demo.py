@@ -125,7 +125,11 @@ def _train(run: Path, shards: Path, seed: int, minutes: float, clock: Clock, sta
     validate(config)
     before = dict(clock.seconds)
     with clock.stage(stage):
-        done = loop.run(config, callbacks=callbacks, budget=minutes * 60)
+        try:
+            done = loop.run(config, callbacks=callbacks, budget=minutes * 60)
+        except loop.Stopped as stopped:
+            print(f"mm: {stopped}", file=sys.stderr)
+            raise SystemExit(stopped.exit_code) from None
     if not done["seconds"] and stage in before:  # it was finished before: finding that out is not training
         clock.seconds[stage] = before[stage]
 

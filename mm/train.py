@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,7 +12,6 @@ USAGE = """\
 usage: mm train CONFIG [--section.field value ...]
 
   mm train configs/debug.py --data.train shards/train-{000000..000003}.tar --run.steps 100
-  torchrun --nproc-per-node 8 -m mm.train configs/debug.py --data.train shards
 
 CONFIG is a Python file with `def config() -> TrainConfig`; any field of it can be replaced.
 `mm train CONFIG --help` lists them. The same command again resumes the run in run.dir.
@@ -33,6 +33,10 @@ def train(argv: Sequence[str]) -> int:
     if not config.data.train:
         raise settings.ConfigError("data.train = '': names no shards; add --data.train FOLDER or a pattern")
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise settings.ConfigError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this version trains in one process; start it without torchrun"
+        )
     from mm.evaluation.callbacks import callbacks
     from mm.training.loop import Stopped, run
 

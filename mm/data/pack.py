@@ -64,11 +64,11 @@ class ShardWriter:
         manifest = {**about, "samples": dict(self.samples), "shards": sorted(self.shards)}
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         (self._folder / MANIFEST).write_text(text, encoding="utf-8")
+        for name in self.old:  # a smaller build must not leave samples of the larger one
+            (self.out / name).unlink(missing_ok=True)
+        os.replace(self._folder / MANIFEST, self.out / MANIFEST)  # first: a shard that it names is known to be ours
         for name in self.shards:
             os.replace(self._folder / name, self.out / name)
-        for name in self.old - set(self.shards):  # a smaller build must not leave samples of the larger one
-            (self.out / name).unlink(missing_ok=True)
-        os.replace(self._folder / MANIFEST, self.out / MANIFEST)
         return manifest
 
     def __exit__(

@@ -34,10 +34,12 @@ def sample(
         x = predict(z, now)
         if progress is not None:
             progress(step, x)
+        if step + 1 == steps:  # at the last level the path ends in the prediction itself
+            return x
         width = (then - now).view(-1, 1, 1, 1)
         velocity = schedule.velocity(z, x, now)
         ahead = z + width * velocity
-        if solver == "heun" and step + 1 < steps:
+        if solver == "heun":
             ahead = z + width * (velocity + schedule.velocity(ahead, predict(ahead, then), then)) / 2
         z = ahead
     return z

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,11 +42,14 @@ def compile_blocks(module: nn.Module, device: torch.device) -> str:
 
     Block by block keeps the warm-up short: a stack of equal blocks is one small graph, not one large one.
     """
-    if device.type == "cpu" and compiler() is None:
-        return "no C++ compiler found (g++ or clang++): running eager, about 1.3 times slower"
-    if device.type == "cpu":
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    found = compiler()
+    if device.type == "cpu" and (found is None or not headers.is_file()):
+        return "no C++ compiler found (g++ or clang++, and Python's headers): running eager, which is slower"
+    if device.type == "cpu" and found is not None:
         # the processor's own flags already say which vector instructions it has: skip compiling a test for each
         torch._inductor.config.cpp.vec_isa_ok = True
+        torch._inductor.config.cpp.cxx = (None, found)
     count = 0
     for owner in module.modules():
         for block in getattr(owner, "blocks", []):

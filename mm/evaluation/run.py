@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from mm.evaluation.inference import Inference
 from mm.evaluation.retrieval import recall
 from mm.evaluation.samples import SampleSet
 from mm.fields import suggestion
-from mm.models.export import WEIGHTS, load_export
+from mm.models.export import find_export, load_export
 
 SKIN = "skin tone"  # in a caption: a variant that differs from its neighbours in one colour
 NEAR = 10  # a drawing is right when its picture is among so many nearest
@@ -57,14 +57,15 @@ def evaluate(
     steps: int = 25,
     guidance: float = 2.0,
     seed: int = 0,
+    precision: Literal["bf16", "fp32"] = "bf16",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measures the model of a run folder on the held-out shards `data`; returns the result, and writes it to `out`.
 
     `candidates`: shards whose captions and pictures are the whole label set and reference set, by default all splits
     beside `data`. `tasks`: any of zero_shot, retrieval, generation. Generation draws the held-out captions and, where
-    there are train shards, `limit` of theirs, drawing i with seed `seed` + i. Deterministic. Raises ConfigError for a
-    run, shards or a task that cannot be used.
+    there are train shards, `limit` of theirs, drawing i with seed `seed` + i. Deterministic. `precision` is that of
+    the model's matrix products. Raises ConfigError for a run, shards or a task that cannot be used.
     """
     for task in tasks:
         if task not in TASKS:
@@ -72,9 +73,14 @@ def evaluate(
     if not tasks or limit < 1:
         raise ConfigError(f"tasks = {list(tasks)}, limit = {limit}: nothing to measure; give a task and a limit of 1")
     folder = Path(run)
-    model, extras, config, note = load_export(folder if (folder / WEIGHTS).is_file() else folder / "export")
+    model, extras, config, note = load_export(find_export(run))
+    for task in tasks:
+        needs = "diffusion" if task == "generation" else "contrastive"
+        if getattr(config.objectives, needs) is None:
+            raise ConfigError(f"tasks: {task} needs a model trained with objectives.{needs}; name other tasks")
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     inference = Inference(model, config, extras)
+    inference.bf16 = precision == "bf16"
     held_out, reference = samples.around(data, candidates)
     files = list(dict.fromkeys([*reference, *held_out]))
     read = samples.read_samples(files, inference.processor("image"), progress=progress)
@@ -84,7 +90,8 @@ def evaluate(
         held_out=read.within(set(map(os.path.abspath, held_out))),
         candidates=read.within(set(map(os.path.abspath, reference))),
         left_out=samples.left_out_names(reference),
-        settings={"limit": limit, "steps": steps, "guidance": guidance, "solver": "euler", "seed": seed},
+        settings={"limit": limit, "steps": steps, "guidance": guidance, "solver": "euler", "seed": seed}
+        | {"precision": precision},
         progress=progress,
     )
     result: dict[str, Any] = {

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mm.nn.block import Block
+from mm.nn.packing import layout
 from mm.nn.pool import pool_tokens
 from mm.types import Encoded, Tokens
 
@@ -22,8 +23,15 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tokens) -> Encoded:
         x = tokens.x
-        for block in self.blocks:
-            x = block(x, tokens.mask)
-        x = self.norm(x)  # [B, N, D]
+        if self.training and tokens.mask is not None:  # at inference a sample must not depend on its neighbours' bits
+            packed = layout(tokens.mask)
+            x = packed.pack(x)  # [T, D]
+            for block in self.blocks:
+                x = block(x, packed=packed)
+            x = packed.unpack(self.norm(x))
+        else:
+            for block in self.blocks:
+                x = block(x, tokens.mask)
+            x = self.norm(x)
         pooled = self.proj(pool_tokens(x, tokens.mask, self.pool))
         return Encoded(tokens._replace(x=x), F.normalize(pooled.float(), dim=-1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shutil
@@ -16,12 +17,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+EXPORT = "export"  # inside a run folder
 
 
 def save_export(
     folder: str | os.PathLike[str], state: dict[str, Tensor], config: TrainConfig, tokenizer: str, note: dict[str, str]
 ) -> None:
-    """Write `state` (of a `TrainStep`), the config and the serialised tokenizer to `folder`, replacing it whole.
+    """Write `state` (of a `TrainStep`), the config and the serialised tokenizer to `folder`, over what was there.
 
     `note` goes into the safetensors metadata: the step, the commit, whatever a reader should know.
     """
@@ -36,14 +38,12 @@ def save_export(
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, fresh / WEIGHTS, metadata=note)
     save(config, fresh / CONFIG)
     (fresh / TOKENIZER).write_text(tokenizer, encoding="utf-8")
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old)
-    else:
-        fresh.rename(folder)
+    folder.mkdir(exist_ok=True)
+    for name in (TOKENIZER, CONFIG, WEIGHTS):  # file by file: at any moment each is there whole, old or new
+        with open(fresh / name, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(fresh / name, folder / name)
+    fresh.rmdir()
 
 
 def load_export(folder: str | os.PathLike[str]) -> tuple[Model, dict[str, Tensor], TrainConfig, dict[str, Any]]:
@@ -78,3 +78,34 @@ def load_export(folder: str | os.PathLike[str]) -> tuple[Model, dict[str, Tensor
     model.load_state_dict(ours)
     extras = {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
     return model.eval().requires_grad_(False), extras, config, note
+
+
+def find_export(source: str | os.PathLike[str]) -> Path:
+    """The folder with the weights: `source` itself or its `export/`. Raises ConfigError where there is neither."""
+    folder = Path(source)
+    if (folder / WEIGHTS).is_file():
+        return folder
+    if (folder / EXPORT).is_dir():
+        return folder / EXPORT
+    if not folder.is_dir():
+        what = "is a file, not a run folder" if folder.exists() else "no such run folder"
+        raise ConfigError(f"{source}: {what}{_neighbours(folder)}")
+    if (folder / CONFIG).is_file():
+        raise ConfigError(
+            f"{source}: has no {EXPORT}/ yet; let its training finish (the same mm train command resumes)"
+        )
+    inside = sorted(path.parent.parent.name for path in folder.glob(f"*/{EXPORT}/{WEIGHTS}"))
+    hint = f"; it holds the runs {', '.join(inside)}" if inside else "; a run folder holds config.json and export/"
+    raise ConfigError(f"{source}: not a run folder{hint}")
+
+
+def _neighbours(folder: Path) -> str:
+    """The names beside a missing folder that are most like it."""
+    parent = folder.parent
+    if not parent.is_dir():
+        return f"; the folder {parent} does not exist either"
+    names = sorted(path.name for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+    close = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.5)
+    if close:
+        return f"; did you mean {' or '.join(str(parent / name) for name in close)}?"
+    return "; `mm demo` trains one in runs/demo"

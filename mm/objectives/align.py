@@ -26,10 +26,10 @@ class Align(Objective):
 
     steps: Tensor
 
-    def __init__(self, config: AlignConfig, model: Model):
+    def __init__(self, config: AlignConfig, model: Model, copies: int):
         super().__init__()
         assert model.denoiser is not None
-        self.weight, self.config = config.weight, config
+        self.weight, self.config, self.copies = config.weight, config, copies
         self.project = nn.Conv2d(model.denoiser.width, model.config.image.width, 3, padding=1)
         self.teacher = nn.ModuleList([copy.deepcopy(model.adapters["image"]), copy.deepcopy(model.encoders["image"])])
         self.teacher.requires_grad_(False)
@@ -37,12 +37,13 @@ class Align(Objective):
 
     def forward(self, model: Model, batch: Batch, encoded: dict[str, Encoded]) -> Loss:
         assert model.denoiser is not None
-        seen = {"image": batch.inputs.get("target", batch.inputs["image"])}
+        x = encoded[DENOISER].tokens.x  # [B K, N, D]
+        shown = batch.inputs.get("target", batch.inputs["image"])
+        seen = {"image": shown[: len(x) // self.copies]}
         with torch.no_grad():
             adapter, encoder = self.teacher
             tokens = encoder(adapter.embed(Batch(seen))).tokens  # type: ignore[operator]
             wanted = tokens.x if tokens.positions is None else tokens.x[:, -len(tokens.positions) :]  # without cls
-        x = encoded[DENOISER].tokens.x  # [B K, N, D]
         rows = model.latents.shape[1] // model.denoiser.config.patch
         ours = self.project(x.transpose(1, 2).unflatten(2, (rows, -1)))  # [B K, D_vision, rows, columns]
         theirs = _normalise(_as_grid(wanted), self.config.gamma)
@@ -73,4 +74,4 @@ def _as_grid(tokens: Tensor) -> Tensor:
 def _normalise(grid: Tensor, gamma: float) -> Tensor:
     """Less `gamma` of the mean token, over the spread within the image: what is left says where things are."""
     centred = grid - gamma * grid.mean((2, 3), keepdim=True)
-    return centred / (centred.std((2, 3), keepdim=True) + 1e-6)
+    return centred / (centred.std((2, 3), keepdim=True, correction=0) + 1e-6)

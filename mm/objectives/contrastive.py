@@ -31,6 +31,10 @@ class Contrastive(Objective):
 
     def forward(self, model: Model, batch: Batch, encoded: dict[str, Encoded]) -> Loss:
         image, text = encoded["image"].pooled, encoded["text"].pooled
-        scale = self.logit_scale.clamp(max=self.max_log_scale).exp()
+        scale = self.logit_scale.exp()
         value = contrastive_loss(image, text, scale, self.logit_bias, self.kind)
         return Loss(value, {"loss/contrastive": value.detach(), "logit_scale": scale.detach()[0]})
+
+    @torch.no_grad()
+    def after_step(self, model: Model) -> None:
+        self.logit_scale.clamp_(max=self.max_log_scale)  # here: a clamp in the forward would stop its gradient for good

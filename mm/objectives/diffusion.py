@@ -31,13 +31,15 @@ class Diffusion(Objective):
 
     def forward(self, model: Model, batch: Batch, encoded: dict[str, Encoded]) -> Loss:
         assert model.denoiser is not None
-        config, seeds = self.config, batch.seeds
-        x = model.latents.encode(batch.inputs.get("target", batch.inputs["image"]))
+        config = self.config
+        count = max(1, round(config.share * len(batch.seeds)))  # the order is random: the first are as good as any
+        seeds = batch.seeds[:count]
+        x = model.latents.encode(batch.inputs.get("target", batch.inputs["image"])[:count])
         noise = normal(seeds, (config.copies, *x.shape[1:]), NOISE).flatten(0, 1)  # [B K, C, H, W]
         sigma = self.schedule.training_sigma(normal(seeds, (config.copies,), LEVEL).flatten())
         draws = uniform(seeds, 2, KEEP)
         keep = {"text": (draws[:, 0] >= config.drop_text).float(), "image": (draws[:, 1] >= config.drop_image).float()}
-        condition, pooled = model.condition(self._switched(encoded), keep)
+        condition, pooled = model.condition(self._switched(encoded, count), keep)
         x = x.repeat_interleave(config.copies, 0)
         z = self.schedule.add_noise(x, noise, sigma)
         raw = model.denoiser(z, sigma, condition, pooled, self.tap)
@@ -49,14 +51,13 @@ class Diffusion(Objective):
         value = error.square().mean()
         return Loss(value, {"loss/diffusion": value.detach()})
 
-    def _switched(self, encoded: dict[str, Encoded]) -> dict[str, Encoded]:
-        """The encodings with this objective's gradient into each encoder scaled."""
-        scales = {"text": self.config.text_grad, "image": self.config.image_grad}
-        return {
-            name: Encoded(
-                encoded[name].tokens._replace(x=scale_gradient(encoded[name].tokens.x, scale)),
-                scale_gradient(encoded[name].pooled, scale),
-            )
-            for name, scale in scales.items()
-            if name in encoded
-        }
+    def _switched(self, encoded: dict[str, Encoded], count: int) -> dict[str, Encoded]:
+        """The first `count` encodings, with this objective's gradient into each encoder scaled."""
+        found = {}
+        for name, scale in (("text", self.config.text_grad), ("image", self.config.image_grad)):
+            if name in encoded:
+                tokens, pooled = encoded[name]
+                mask = None if tokens.mask is None else tokens.mask[:count]
+                tokens = tokens._replace(x=scale_gradient(tokens.x[:count], scale), mask=mask)
+                found[name] = Encoded(tokens, scale_gradient(pooled[:count], scale))
+        return found

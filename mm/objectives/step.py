@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -44,14 +45,18 @@ class TrainStep(nn.Module):
         assert total is not None, "a run has at least one objective"
         return Loss(total, metrics | {"loss": total.detach()})
 
-    def backward(self, batch: Batch, accumulate: int = 1) -> dict[str, Tensor]:
+    def backward(
+        self, batch: Batch, accumulate: int = 1, autocast: Callable[[], AbstractContextManager] = nullcontext
+    ) -> dict[str, Tensor]:
         """Gradients of `forward(batch)`, in `accumulate` micro-batches; returns the metrics of the whole batch.
 
+        `autocast()` is entered for each forward, and never for a backward, which has its precision from the forward.
         Exact also for objectives over pairs: their features are computed first without a graph, their gradient is
         taken over the whole batch, and is then fed to each micro-batch (GradCache, arXiv 2101.06983).
         """
         if accumulate == 1:
-            loss = self(batch)
+            with autocast():
+                loss = self(batch)
             loss.value.backward()
             return loss.metrics
         pairwise = [name for name, objective in self.objectives.items() if objective.pairwise]
@@ -60,31 +65,32 @@ class TrainStep(nn.Module):
         metrics: dict[str, Tensor] = {}
         slices: list[dict[str, Tensor]] = [{} for _ in micro_batches]
         if pairwise:
-            pairs = self._pairwise_gradients(batch, micro_batches, pairwise, slices)
+            with torch.no_grad(), autocast():
+                features = [self.model.encode(micro_batch) for micro_batch in micro_batches]
+            pairs = self._pairwise_gradients(batch, features, pairwise, slices)
             metrics.update(pairs.metrics)
         for micro_batch, gradients in zip(micro_batches, slices, strict=True):
-            encoded = self.model.encode(micro_batch)
-            parts = [(encoded[name].pooled * gradient).sum() for name, gradient in gradients.items()]
-            if others:
-                loss = self.combine(micro_batch, encoded, others)
-                parts.append(loss.value / accumulate)
-                for key, value in loss.metrics.items():
-                    metrics[key] = metrics.get(key, torch.zeros_like(value)) + value / accumulate
+            with autocast():
+                encoded = self.model.encode(micro_batch)
+                parts = [(encoded[name].pooled * gradient).sum() for name, gradient in gradients.items()]
+                if others:
+                    loss = self.combine(micro_batch, encoded, others)
+                    parts.append(loss.value / accumulate)
+                    for key, value in loss.metrics.items():
+                        metrics[key] = metrics.get(key, torch.zeros_like(value)) + value / accumulate
             torch.stack(parts).sum().backward()
         return metrics
 
     def _pairwise_gradients(
-        self, batch: Batch, micro_batches: list[Batch], names: list[str], slices: list[dict[str, Tensor]]
+        self, batch: Batch, parts: list[dict[str, Encoded]], names: list[str], slices: list[dict[str, Tensor]]
     ) -> Loss:
         """Run the pairwise objectives on cached features; leave each micro-batch's feature gradients in `slices`."""
-        with torch.no_grad():
-            parts = [self.model.encode(micro_batch) for micro_batch in micro_batches]
         features = {name: torch.cat([part[name].pooled for part in parts]).requires_grad_() for name in parts[0]}
         loss = self.combine(batch, {n: Encoded(parts[0][n].tokens, f) for n, f in features.items()}, names)
         loss.value.backward()
         for name, feature in features.items():
             assert feature.grad is not None
-            for index, gradient in enumerate(feature.grad.split(len(micro_batches[0]))):
+            for index, gradient in enumerate(feature.grad.split([len(part[name].pooled) for part in parts])):
                 slices[index][name] = gradient
         return loss
 
@@ -131,6 +137,6 @@ def build_step(config: TrainConfig, tokenizer: Tokenizer) -> TrainStep:
         objectives["contrastive"] = Contrastive(wanted.contrastive)
     if wanted.diffusion is not None:
         objectives["diffusion"] = Diffusion(wanted.diffusion, wanted.align.block if wanted.align else None)
-    if wanted.align is not None:  # after diffusion, whose tokens it reads
-        objectives["align"] = Align(wanted.align, model)
+    if wanted.align is not None and wanted.diffusion is not None:  # after diffusion, whose tokens it reads
+        objectives["align"] = Align(wanted.align, model, wanted.diffusion.copies)
     return TrainStep(model, objectives)

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mm.config import ConfigError
+
 MANIFEST, TENSORS, SCALARS = "manifest.json", "state.safetensors", "state.json"
 
 
@@ -40,21 +42,30 @@ def save(run: Path, step: int, tensors: dict[str, Tensor], scalars: dict[str, An
     fresh.rename(final)
     _sync(root)
     _point(run, final.name)
+    for path in _complete(run):
+        if path.name > final.name:  # damaged, and left behind by a run that walked back
+            shutil.rmtree(path)
     for old in _complete(run)[max(1, keep) :]:
         shutil.rmtree(old)
     return final
 
 
 def load(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest checkpoint whose hashes agree, or None where there is none; says so when it passes one over."""
+    """The newest checkpoint whose hashes agree, or None where there is none; says so when it passes one over.
+
+    Raises ConfigError where there are checkpoints and every one is damaged.
+    """
     from safetensors.torch import load_file
 
-    for folder in _complete(run):
+    found = _complete(run)
+    for folder in found:
         problem = verify(folder)
         if problem:
-            print(f"mm: {folder.name} is damaged ({problem}): going back to the one before", file=sys.stderr)
+            print(f"mm: {folder.name} is damaged ({problem}): passed over", file=sys.stderr)
             continue
         return load_file(folder / TENSORS), json.loads((folder / SCALARS).read_text(encoding="utf-8"))
+    if found:
+        raise ConfigError(f"{run}: all {len(found)} checkpoints are damaged; restore one, or choose another run.dir")
     return None
 
 

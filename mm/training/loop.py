@@ -6,19 +6,16 @@ stopped anywhere and started again ends with the same weights, bit for bit.
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from mm.config import TrainConfig
 from mm.data.index import ShardIndex, expand
@@ -29,14 +26,13 @@ from mm.distributed.parallelize import autocast, compile_blocks, pick_device
 from mm.models.export import save_export
 from mm.objectives.step import TrainStep, build_step
 from mm.training import checkpoint, run_folder
+from mm.training.calibrate import count_flops, diagnose, steps_within
 from mm.training.ema import Ema
-from mm.training.metrics import MetricsLog, matrix_rate
+from mm.training.metrics import MetricsLog, matrix_rate, write_ledger
 from mm.training.optim import Optimizers
 from mm.training.preemption import Stop
 from mm.training.progress import Progress, say
 from mm.types import Batch
-
-CALIBRATION_STEPS = 5
 
 
 class Diverged(ValueError):
@@ -87,14 +83,17 @@ class Trainer:
     def model(self) -> Any:
         return self.step_module.model
 
+    def autocast(self) -> AbstractContextManager:
+        """The precision of a forward."""
+        return autocast(self.config.parallel, self.device)
+
     def extras(self) -> dict[str, Tensor]:
         """The objectives' own tensors, named as in an export."""
         return {name: t for name, t in self.step_module.state_dict().items() if name.startswith("objectives.")}
 
     def iterate(self, batch: Batch, factor: float | None = None) -> tuple[dict[str, Tensor], float]:
         """One optimizer step; with `factor` 0 it costs the same and changes nothing but optimizer state."""
-        with autocast(self.config.parallel, self.device):
-            metrics = self.step_module.backward(batch, self.config.optim.accumulate)
+        metrics = self.step_module.backward(batch, self.config.optim.accumulate, self.autocast)
         metrics["grad_norm"] = self.optimizers.clip()
         if not math.isfinite(metrics["loss"].item()) or not math.isfinite(metrics["grad_norm"].item()):
             raise Diverged(
@@ -108,13 +107,13 @@ class Trainer:
         return metrics, rate
 
     def save(self) -> None:
-        """Commit a checkpoint, and the export of the averaged weights."""
+        """Write the export of the averaged weights, then commit a checkpoint: a kill in between only repeats both."""
+        note = {"format": "mm", "step": str(self.step)}
+        save_export(self.run_dir / "export", self.ema.export(), self.config, self.model.tokenizer.to_json(), note)
         tensors = {f"model/{name}": tensor for name, tensor in self.step_module.state_dict().items()}
         tensors |= {f"ema/{name}": tensor for name, tensor in self.ema.state().items()}
         tensors |= {f"optim/{name}": tensor for name, tensor in self.optimizers.state().items()}
         checkpoint.save(self.run_dir, self.step, tensors, {"order": self.order}, self.config.checkpoint.keep)
-        note = {"format": "mm", "step": str(self.step)}
-        save_export(self.run_dir / "export", self.ema.export(), self.config, self.model.tokenizer.to_json(), note)
 
     def restore(self) -> None:
         """Continue from the newest good checkpoint, if there is one."""
@@ -147,13 +146,16 @@ def run(
     """
     started = time.perf_counter()
     folder = Path(config.run.dir)
+    expand(config.data.train)  # shards that are not there are refused before the folder is made
+    made = callbacks(config) if callbacks else ()
     with run_folder.locked(folder), Stop().listening() as stop:
         saved = run_folder.saved_config(folder)
         if budget and saved is not None:
             config.run.steps = saved.run.steps
-        trainer = _prepare(config, callbacks)
+            say(f"{folder}: a run of {saved.run.steps} steps, which it keeps")
+        trainer = _prepare(config, made)
         if budget and saved is None:
-            config.run.steps = trainer.optimizers.steps = _steps_within(trainer, budget, started)
+            config.run.steps = trainer.optimizers.steps = steps_within(trainer, budget, started)
         run_folder.claim(folder, config)
         trainer.restore()
         if trainer.step >= config.run.steps:
@@ -166,7 +168,7 @@ def run(
         return {"step": trainer.step, "seconds": time.perf_counter() - started}
 
 
-def _prepare(config: TrainConfig, callbacks: Callable[[TrainConfig], Sequence[Callback]] | None) -> Trainer:
+def _prepare(config: TrainConfig, callbacks: Sequence[Callback]) -> Trainer:
     """Everything that is the same for a new run and for one that is resumed."""
     folder, data = Path(config.run.dir), config.data
     if run_folder.saved_config(folder) is not None:
@@ -186,9 +188,9 @@ def _prepare(config: TrainConfig, callbacks: Callable[[TrainConfig], Sequence[Ca
         caption=data.caption,
         max_error_rate=data.max_error_rate,
     )
-    trainer = Trainer(config, step_module, loader, device, callbacks(config) if callbacks else ())
+    trainer = Trainer(config, step_module, loader, device, callbacks)
     trainer.peak = matrix_rate(device, torch.float32 if config.parallel.precision == "fp32" else torch.bfloat16)
-    trainer.flops = _count_flops(trainer)
+    trainer.flops = count_flops(trainer)
     parameters = sum(p.numel() for p in step_module.parameters())
     say(
         f"{parameters / 1e6:.1f} M parameters, {tokenizer.vocab_size} text tokens, {loader.samples} samples, "
@@ -205,82 +207,57 @@ def _captions(spec: str) -> list[str]:
     return read_captions(ShardIndex(expand(spec), spec=spec), aliases=True)[1]
 
 
-def _count_flops(trainer: Trainer) -> int:
-    """FLOPs of one step's forward and backward, counted by torch over a real batch; leaves no gradient behind."""
-    batch = next(iter(trainer.loader)).to(trainer.device)
-    with FlopCounterMode(display=False) as counter, autocast(trainer.config.parallel, trainer.device):
-        trainer.step_module.backward(batch)
-    trainer.step_module.zero_grad()
-    return counter.get_total_flops()
-
-
-def _steps_within(trainer: Trainer, budget: float, started: float) -> int:
-    """How many steps fit into what is left of `budget` seconds, from timing a few that change nothing."""
-    seconds = []
-    for batch in itertools.islice(trainer.loader, CALIBRATION_STEPS + 1):
-        start = time.perf_counter()
-        trainer.iterate(batch.to(trainer.device), factor=0.0)
-        seconds.append(time.perf_counter() - start)
-    trainer.optimizers.reset()
-    each = median(seconds[1:])  # the first one compiles
-    left = budget - (time.perf_counter() - started)
-    steps = max(1, int(left / each))
-    say(f"{each:.2f} s a step: {steps} steps in the {left:.0f} s that are left of {budget:.0f}")
-    return steps
-
-
 def _loop(trainer: Trainer, stop: Stop) -> None:
     config = trainer.config
     log = MetricsLog(trainer.run_dir, trainer.step, config.run.tensorboard)
-    batches = iter(trainer.loader)
-    with Progress(trainer.step, config.run.steps) as progress:
-        while trainer.step < config.run.steps:
-            start = time.perf_counter()
-            batch = next(batches)
-            wait = time.perf_counter() - start
-            batch = batch.to(trainer.device)
-            diagnosis: dict[str, float] = {}
-            if config.run.diagnose_every and trainer.step % config.run.diagnose_every == 0:
-                with autocast(config.parallel, trainer.device):
-                    diagnosis = trainer.step_module.diagnose(batch)
-            metrics, rate = trainer.iterate(batch)
-            trainer.step += 1
-            trainer.order = order_hash(trainer.order, batch.keys)
-            seconds = time.perf_counter() - start
-            record = {
-                "step": trainer.step,
-                "samples": trainer.step * config.data.batch_size,
-                "epoch": trainer.step * config.data.batch_size / trainer.loader.samples,
-                **{name: value.item() for name, value in metrics.items()},
-                **diagnosis,
-                "lr": rate,
-                "seconds": seconds,
-                "samples_per_second": config.data.batch_size / seconds,
-                "mfu": trainer.flops / seconds / trainer.peak,
-                "data_wait": wait,
-                "unusable": len(trainer.loader.ledger),
-                "order": trainer.order,
-            }
-            if trainer.step % config.run.log_every == 0 or trainer.step == config.run.steps:
-                log.write(record)
-            progress.update(record)
-            for callback in trainer.callbacks:
-                if trainer.due(callback.every) and not stop:
-                    with trainer.ema.applied():
-                        found = callback(trainer)
-                    if found:
-                        log.write({"step": trainer.step, **found})
-                        progress.say("  ".join(f"{name} {value:.3f}" for name, value in found.items()))
-            if trainer.due(config.checkpoint.every) or stop:
-                trainer.save()
-            if stop and trainer.step < config.run.steps:
-                raise Stopped(trainer.step, stop.signal or 0)
-    log.close()
-    _write_ledger(trainer)
+    try:
+        with Progress(trainer.step, config.run.steps) as progress:
+            batches = iter(trainer.loader)
+            while trainer.step < config.run.steps:
+                record = _advance(trainer, batches)
+                stopping = bool(stop) and trainer.step < config.run.steps
+                found: dict[str, float] = {}
+                for callback in trainer.callbacks:
+                    if trainer.due(callback.every) and not stopping:
+                        with trainer.ema.applied():
+                            found |= callback(trainer)
+                if found or trainer.step % config.run.log_every == 0 or trainer.step == config.run.steps:
+                    log.write(record | found)
+                progress.update(record)
+                if found:
+                    say("  ".join(f"{name} {value:.3f}" for name, value in found.items()))
+                if trainer.due(config.checkpoint.every) or stopping:
+                    trainer.save()
+                if stopping:
+                    raise Stopped(trainer.step, stop.signal or 0)
+    finally:
+        log.close()
+        write_ledger(trainer.run_dir, trainer.loader.ledger)
 
 
-def _write_ledger(trainer: Trainer) -> None:
-    """What could not be used, one JSON object a line; no file where everything could."""
-    if trainer.loader.ledger:
-        lines = [json.dumps(entry._asdict()) + "\n" for entry in trainer.loader.ledger]
-        (trainer.run_dir / "ledger.jsonl").write_text("".join(lines), encoding="utf-8")
+def _advance(trainer: Trainer, batches: Iterator[Batch]) -> dict[str, Any]:
+    """One step on the next batch, and its line for the metrics."""
+    config, start = trainer.config, time.perf_counter()
+    batch = next(batches)
+    wait = time.perf_counter() - start
+    batch = batch.to(trainer.device)
+    every = config.run.diagnose_every
+    diagnosis = diagnose(trainer, batch) if every and trainer.step % every == 0 else {}
+    metrics, rate = trainer.iterate(batch)
+    trainer.step += 1
+    trainer.order = order_hash(trainer.order, batch.keys)
+    seconds = time.perf_counter() - start
+    return {
+        "step": trainer.step,
+        "samples": trainer.step * config.data.batch_size,
+        "epoch": trainer.step * config.data.batch_size / trainer.loader.samples,
+        **{name: value.item() for name, value in metrics.items()},
+        **diagnosis,
+        "lr": rate,
+        "seconds": seconds,
+        "samples_per_second": config.data.batch_size / seconds,
+        "mfu": trainer.flops / seconds / trainer.peak,
+        "data_wait": wait,
+        "unusable": len(trainer.loader.ledger),
+        "order": trainer.order,
+    }

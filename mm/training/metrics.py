@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+
+from mm.config import ConfigError
 
 
 class MetricsLog:
@@ -24,7 +27,10 @@ class MetricsLog:
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.board = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ConfigError("run.tensorboard = True: tensorboard is not installed; pip install it") from error
 
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
@@ -41,6 +47,17 @@ class MetricsLog:
         self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+def write_ledger(run: Path, entries: Sequence[Any]) -> None:
+    """Add what could not be used to `ledger.jsonl`, one JSON object a line, each once; no file where nothing was."""
+    path = run / "ledger.jsonl"
+    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = list(dict.fromkeys([*before, *(json.dumps(entry._asdict()) for entry in entries)]))
+    if len(lines) > len(before):
+        fresh = run / ".ledger.tmp"
+        fresh.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        fresh.replace(path)
 
 
 def _step(line: str) -> float:

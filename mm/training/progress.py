@@ -48,6 +48,3 @@ class Progress:
                 f"step {record['step']}/{self.steps} {text} {record['samples_per_second']:.0f} samples/s "
                 f"mfu {record['mfu']:.2f}, {left:.0f} s left"
             )
-
-    def say(self, line: str) -> None:
-        say(line)

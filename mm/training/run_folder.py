@@ -41,7 +41,7 @@ def claim(run: Path, config: TrainConfig) -> None:
 def tokenizer_of(run: Path, config: TrainConfig, captions: Callable[[], list[str]]) -> Tokenizer:
     """The run's own tokenizer; for a new run it is made, from the training captions where the config says so."""
     path = run / "tokenizer.json"
-    if path.exists():
+    if path.exists() and (run / "config.json").exists():  # else it was left by a run that never began
         return tokenizer_from_json(path.read_text(encoding="utf-8"))
     text = config.model.text
     tokenizer = ClipTokenizer() if text.tokenizer == "clip" else train_tokenizer(captions(), text.vocab_size)

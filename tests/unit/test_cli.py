@@ -218,16 +218,30 @@ def test_a_reader_that_leaves_is_no_error(root: Path) -> None:
 def test_train_overrides_and_runs(
     monkeypatch: pytest.MonkeyPatch, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from mm.evaluation.callbacks import callbacks
+    from mm.training.loop import Stopped
+
     run = Fake()
-    fake_module(monkeypatch, "mm.training.loop", run=run)
+    monkeypatch.setattr("mm.training.loop.run", run)
     config = str(root / "configs" / "debug.py")
     assert main(["train", config, "--data.train", "shards", "--run.steps=3"]) == 0
-    ((given,), _) = run.calls.pop()
+    ((given, made), _) = run.calls.pop()
+    assert made is callbacks
     assert given.run.steps == 3 and given.data.train == "shards"
     assert "data.train" in refused(capsys, "train", config)
     assert "try 8 or 12" in refused(capsys, "train", config, "--data.batch_size", "10", "--optim.accumulate", "4")
     assert "did you mean --run.steps?" in refused(capsys, "train", config, "--run.step", "4")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without torchrun" in refused(capsys, "train", config, "--data.train", "shards")
+    monkeypatch.delenv("WORLD_SIZE")
     assert run.calls == []
+
+    def stopped(*_: object) -> None:
+        raise Stopped(7, 15)
+
+    monkeypatch.setattr("mm.training.loop.run", stopped)
+    assert main(["train", config, "--data.train", "shards"]) == 128 + 15
+    assert "after step 7" in capsys.readouterr().err
 
 
 def test_torchrun_entry_is_the_same_command(run_python: Run, root: Path) -> None:
@@ -241,12 +255,12 @@ def test_train_help_lists_fields(root: Path, capsys: pytest.CaptureFixture[str])
     assert "--data.batch-size" in capsys.readouterr().out
 
 
-def test_demo_runs_each_seed_in_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Fake()
-    fake_module(monkeypatch, "mm.demo", main=run)
+def test_demo_hands_on_minutes_folder_and_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[object, ...]] = []
+    fake_module(monkeypatch, "mm.demo", main=lambda *args: calls.append(args) or 0)
     assert main(["demo"]) == 0
     assert main(["demo", "--minutes", "0.5", "--out", "o", "--seed", "3", "--seeds", "2"]) == 0
-    assert [args for args, _ in run.calls] == [(8.0, "runs/demo", 0), (0.5, "o/seed-3", 3), (0.5, "o/seed-4", 4)]
+    assert calls == [(8.0, "runs/demo", 0, 1), (0.5, "o", 3, 2)]
 
 
 def test_shards_hand_on_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,11 +319,12 @@ def test_grid_of_unequal_images_is_white_where_empty() -> None:
 
 def test_evaluate_hands_on_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Fake()
-    fake_module(monkeypatch, "mm.evaluation.run", evaluate=run)
+    fake_module(monkeypatch, "mm.evaluation.run", evaluate=run, summary=lambda result: "all is well")
     assert main(["evaluate", "r", "--data", "d", "--tasks", "zero_shot, generation", "--out", "o.json"]) == 0
     assert main(["evaluate", "r", "--data", "d", "--labels-from", "l"]) == 0
     tasks = ["zero_shot", "generation"]
+    show = sys.stderr.isatty()
     assert run.calls == [
-        (("r",), {"data": "d", "tasks": tasks, "out": "o.json"}),
-        (("r",), {"data": "d", "tasks": tasks, "out": None, "labels_from": "l"}),
+        (("r",), {"data": "d", "tasks": tasks, "candidates": None, "out": "o.json", "progress": show}),
+        (("r",), {"data": "d", "tasks": tasks, "candidates": "l", "out": None, "progress": show}),
     ]

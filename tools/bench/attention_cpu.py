@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from _common import alternate, report
-from mm_kernels import attention
 from torch import Tensor
+
+from mm_kernels import attention
 
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 128, 5, 16, 33, 64
 

@@ -1,0 +1,57 @@
+"""What a run measures before it begins: the FLOPs of a step, and how many steps fit into a time budget."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from statistics import median
+from typing import TYPE_CHECKING
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from mm.training.progress import say
+
+if TYPE_CHECKING:
+    from mm.training.loop import Trainer
+    from mm.types import Batch
+
+CALIBRATION_STEPS = 5
+RESERVE = 0.02  # share of a time budget kept for checkpoints and the last evaluation
+
+
+def count_flops(trainer: Trainer) -> int:
+    """FLOPs of one step's forward and backward, counted by torch over a real batch; leaves no gradient behind.
+
+    With accumulation it is one micro-batch times their number: the second forward is not work that a step needs.
+    """
+    accumulate = trainer.config.optim.accumulate
+    batch = next(iter(trainer.loader)).to(trainer.device)
+    with FlopCounterMode(display=False) as counter:
+        trainer.step_module.backward(batch.split(len(batch) // accumulate)[0], 1, trainer.autocast)
+    trainer.step_module.zero_grad()
+    return counter.get_total_flops() * accumulate
+
+
+def steps_within(trainer: Trainer, budget: float, started: float) -> int:
+    """How many steps fit into what is left of `budget` seconds, from timing a few that change nothing."""
+    seconds = []
+    start = time.perf_counter()
+    for batch in itertools.islice(trainer.loader, CALIBRATION_STEPS + 1):
+        trainer.iterate(batch.to(trainer.device), factor=0.0)
+        seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    each = median(seconds[1:])  # the first one compiles
+    if trainer.config.run.diagnose_every:
+        diagnose(trainer, batch)
+        each += (time.perf_counter() - start) / trainer.config.run.diagnose_every
+    trainer.optimizers.reset()
+    left = budget * (1 - RESERVE) - (time.perf_counter() - started)
+    steps = max(1, int(left / each))
+    say(f"{each:.2f} s a step: {steps} steps in the {left:.0f} s that are left of {budget:.0f}")
+    return steps
+
+
+def diagnose(trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """Norms and cosines of the objectives' gradients on the encoders, over one micro-batch."""
+    with trainer.autocast():
+        return trainer.step_module.diagnose(batch.split(len(batch) // trainer.config.optim.accumulate)[0])
