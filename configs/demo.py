@@ -23,14 +23,15 @@ from mm.models.presets import tiny
 
 def config() -> TrainConfig:
     model = tiny()
+    model.image.crop_scale, model.image.color_jitter = 0.9, 0.05  # more would under-fit in so few epochs
     return TrainConfig(
-        run=RunConfig(dir="runs/demo", steps=340, log_every=1, diagnose_every=50),
-        data=DataConfig(batch_size=128),
+        run=RunConfig(dir="runs/demo", steps=240, log_every=1, diagnose_every=50),
+        data=DataConfig(batch_size=384),
         model=model,
         objectives=ObjectivesConfig(
-            contrastive=ContrastiveConfig(init_scale=25.0),
-            diffusion=DiffusionConfig(),
+            contrastive=ContrastiveConfig(init_scale=10.0),
+            diffusion=DiffusionConfig(share=0.5),
         ),
-        optim=OptimConfig(name="muon", lr=2e-3, muon_steps=3, warmup=40),
+        optim=OptimConfig(name="muon", lr=1e-3, muon_steps=3, warmup=40),
         checkpoint=CheckpointConfig(every=100, keep=2),
     )

@@ -42,7 +42,7 @@ class DataConfig:
     train: str = ""  # shards: a folder, a pattern (brace or glob), or several joined by ::
     val: str = ""  # the same, for periodic evaluation; may be empty
     batch_size: int = 64  # global: over all processes and accumulation steps
-    workers: int = 0  # decoding processes; 0 decodes in a thread of the training process
+    workers: int = 0  # decoding processes; 0 decodes in the training process
     shuffle_block: int = 4096  # samples shuffled together; reads stay within this many consecutive samples
     caption: Literal["txt", "aliases"] = "txt"  # aliases: draw among name and json aliases, name half of the time
     max_error_rate: float = 0.05  # share of unusable samples above which the run stops

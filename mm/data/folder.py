@@ -52,7 +52,7 @@ def folder(
 
     with ShardWriter(out, per_shard) as writer:
         mixed = sorted(zip(keys, pairs, strict=True), key=lambda item: hashlib.sha256(item[0].encode()).digest())
-        for key, pair in tqdm(mixed, desc="packing images", unit="image", disable=not progress):
+        for key, pair in tqdm(mixed, desc="packing images", unit="image", disable=None if progress else True):
             data, extension = _image(pair)
             fields = {"file": pair.path.relative_to(source).as_posix(), "split": "train"}
             metadata = json.dumps(fields, ensure_ascii=False).encode(errors="backslashreplace")

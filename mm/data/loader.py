@@ -33,7 +33,9 @@ class Loader:
     whether it is given the sample's "image" (an RGB PIL image, decoded once and shared: not to be written) or "text".
     `batch_size` is global; rank `rank` of `world` gets its slice. With `train` the stream is endless and shuffled by
     (seed, epoch), samples are augmented, and `caption="aliases"` draws among a sample's names. Without, one pass in
-    index order, the last batch short (on the last ranks perhaps of no samples). `workers` 0 prepares in a thread.
+    index order, the last batch short (on the last ranks perhaps of no samples). `workers` 0 prepares in a thread, or,
+    without `ahead`, between two steps: on a CPU a thread beside torch's own holds all of them up for longer than it
+    works.
 
     `samples`: usable samples an epoch. `batches`: batches a pass. `ledger`: everything that could not be used, so far.
     Raises ConfigError where nothing is usable, a value cannot work, or more than `max_error_rate` of the samples fail.
@@ -55,10 +57,12 @@ class Loader:
         caption: Literal["txt", "aliases"] = "txt",
         max_error_rate: float = 0.05,
         cache_bytes: int = 256 << 20,
+        ahead: bool = True,
     ) -> None:
         _check(processors, batch_size, workers, rank, world, start, caption, max_error_rate)
         self.index = ShardIndex(expand(spec), spec=spec)
         self.workers, self.start, self.train, self.max_error_rate = workers, start, train, max_error_rate
+        self.ahead = ahead
         self.samples = len(self.index)
         self.batches = -(-self.samples // batch_size)
         self.ledger: list[Entry] = []
@@ -81,12 +85,17 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         numbers = range(self.start, sys.maxsize if self.train else self.batches)
-        for made in self._in_workers(numbers) if self.workers else _in_thread(self._batches, numbers):
+        for made in self._made(numbers):
             self._found += self._note(made.ledger)
             self._seen += made.seen
             self._bad += made.bad
             self._judge()
             yield made.batch
+
+    def _made(self, numbers: range) -> Iterator[Made]:
+        if self.workers:
+            return self._in_workers(numbers)
+        return _in_thread(self._batches, numbers) if self.ahead else map(self._batches.__getitem__, numbers)
 
     def captions(self, *, aliases: bool = False) -> tuple[list[str], list[str]]:
         """Keys and captions of all samples, in index order; with `aliases` each sample's other names follow its own."""

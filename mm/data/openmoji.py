@@ -52,7 +52,7 @@ def openmoji(
     }
     left_out: list[str] = []
     with ShardWriter(out, per_shard) as writer:
-        for text in tqdm(shuffled, desc="drawing emoji", unit="emoji", disable=not progress):
+        for text in tqdm(shuffled, desc="drawing emoji", unit="emoji", disable=None if progress else True):
             name = _plain(entries[text]["en"])
             picture = pen.draw(text)
             if picture is None:

@@ -212,7 +212,7 @@ class Inference:
 
         total, parts = len(columns[0]), []
         quiet = torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
-        bar = tqdm(total=total, desc=label, unit="item", disable=not label, leave=False)
+        bar = tqdm(total=total, desc=label, unit="item", disable=None if label else True, leave=False)
         with torch.inference_mode(), quiet, bar:
             for start in range(0, total, size):
                 part = [column[start : start + size] for column in columns]

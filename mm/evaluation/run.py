@@ -55,7 +55,7 @@ def evaluate(
     out: str | os.PathLike[str] | None = None,
     limit: int = 200,
     steps: int = 25,
-    guidance: float = 2.0,
+    guidance: float = 3.0,
     seed: int = 0,
     precision: Literal["bf16", "fp32"] = "bf16",
     progress: bool = True,

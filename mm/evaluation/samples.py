@@ -52,7 +52,7 @@ def read_samples(files: list[str], processor: Processor, *, progress: bool = Fal
     index = ShardIndex(files)
     reader = Reader(index, cache_bytes=0)
     keys, captions, shards, items = [], [], [], []
-    for number, key in enumerate(tqdm(index.keys, desc="reading pictures", disable=not progress, leave=False)):
+    for number, key in enumerate(tqdm(index.keys, desc="reading pictures", disable=None if progress else True, leave=False)):
         try:
             sample = reader.read(number)
             items.append(processor.prepare(sample.image, train=False))

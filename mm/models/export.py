@@ -35,7 +35,8 @@ def save_export(
     fresh = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, fresh / WEIGHTS, metadata=note)
+    metadata = {"mm": json.dumps(note, sort_keys=True)}  # one entry: several are written in no fixed order
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, fresh / WEIGHTS, metadata=metadata)
     save(config, fresh / CONFIG)
     (fresh / TOKENIZER).write_text(tokenizer, encoding="utf-8")
     folder.mkdir(exist_ok=True)
@@ -63,7 +64,7 @@ def load_export(folder: str | os.PathLike[str]) -> tuple[Model, dict[str, Tensor
     try:
         tokenizer = tokenizer_from_json((folder / TOKENIZER).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            note = dict(file.metadata() or {})
+            note = json.loads((file.metadata() or {}).get("mm", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{folder}: damaged: {error}") from error

@@ -13,7 +13,7 @@ def tiny() -> ModelConfig:
     return ModelConfig(
         embed_dim=128,
         image=ImageConfig(size=32, patch=8, width=192, depth=6, heads=3),
-        text=TextConfig(tokenizer="corpus", vocab_size=2048, context_length=18, width=192, depth=4, heads=3),
+        text=TextConfig(tokenizer="corpus", vocab_size=2048, context_length=17, width=192, depth=4, heads=3),
         denoiser=DenoiserConfig(patch=8, width=320, depth=6, heads=5),
     )
 

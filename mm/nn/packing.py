@@ -1,7 +1,7 @@
 """Ragged sequences without their padding: linear layers see real tokens only.
 
-A batch `[B, L, D]` with a mask becomes `[T, D]`, T being the number of real tokens rounded up to a multiple of B, so
-that batches of one shape give few values of T and little is compiled twice.
+A batch `[B, L, D]` with a mask becomes `[T, D]`, T being the number of real tokens rounded up to the next fifth of
+B L, so that batches of one shape give few values of T and little is compiled twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def layout(mask: Tensor) -> Layout:
     """The layout of the real tokens of mask `[B, L]`."""
     flat = mask.flatten()
     found = flat.nonzero()[:, 0]
-    size = -(-len(found) // len(mask)) * len(mask)
+    bucket = -(-len(flat) // 5)
+    size = -(-len(found) // bucket) * bucket
     place = torch.zeros(size, dtype=torch.int64, device=mask.device)
     place[: len(found)] = found
     real = torch.arange(size, device=mask.device) < len(found)

@@ -7,6 +7,7 @@ import time
 from statistics import median
 from typing import TYPE_CHECKING
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm.training.progress import say
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mm.types import Batch
 
 CALIBRATION_STEPS = 5
+DIAGNOSED = 64  # samples whose gradients are compared
 RESERVE = 0.02  # share of a time budget kept for checkpoints and the last evaluation
 
 
@@ -52,6 +54,9 @@ def steps_within(trainer: Trainer, budget: float, started: float) -> int:
 
 
 def diagnose(trainer: Trainer, batch: Batch) -> dict[str, float]:
-    """Norms and cosines of the objectives' gradients on the encoders, over one micro-batch."""
-    with trainer.autocast():
-        return trainer.step_module.diagnose(batch.split(len(batch) // trainer.config.optim.accumulate)[0])
+    """Norms and cosines of the objectives' gradients on the encoders, over the first samples of a batch.
+
+    Eager: it walks one graph several times, which compiled code does not allow.
+    """
+    with torch.compiler.set_stance("force_eager"), trainer.autocast():
+        return trainer.step_module.diagnose(batch.split(DIAGNOSED)[0])

@@ -187,6 +187,7 @@ def _prepare(config: TrainConfig, callbacks: Sequence[Callback]) -> Trainer:
         shuffle_block=data.shuffle_block,
         caption=data.caption,
         max_error_rate=data.max_error_rate,
+        ahead=device.type != "cpu",
     )
     trainer = Trainer(config, step_module, loader, device, callbacks)
     trainer.peak = matrix_rate(device, torch.float32 if config.parallel.precision == "fp32" else torch.bfloat16)

@@ -15,24 +15,20 @@ def mask() -> torch.Tensor:
     return torch.arange(7) < torch.tensor([[3], [7], [1], [5]])
 
 
-def test_packing_keeps_real_tokens_in_order_and_fills_up_to_a_multiple_of_the_batch(mask: torch.Tensor) -> None:
+def test_packing_keeps_real_tokens_in_order_and_fills_up_to_a_fifth_of_the_batch(mask: torch.Tensor) -> None:
     x = torch.arange(28.0).view(4, 7, 1)
     found = layout(mask)
     packed = found.pack(x)
-    assert packed.shape == (16, 1)  # 3 + 7 + 1 + 5 tokens, already a multiple of 4
-    assert torch.equal(packed[:, 0], x[mask][:, 0])
+    assert packed.shape == (18, 1)  # 3 + 7 + 1 + 5 tokens; a fifth of 28 is 6
+    assert torch.equal(packed[:16, 0], x[mask][:, 0])
     assert torch.equal(found.unpack(packed)[mask], x[mask])
-    mask[1, 6] = False
-    assert layout(mask).pack(x).shape == (16, 1) and layout(mask).real.sum() == 15
+    assert found.real.sum() == 16
 
 
 @pytest.mark.parametrize("pool", ["mean", "last"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_packed_encoder_equals_the_padded_one_with_all_gradients(
-    mask: torch.Tensor, pool: str, causal: bool
-) -> None:
+def test_a_packed_encoder_equals_the_padded_one_with_all_gradients(mask: torch.Tensor, pool: str, causal: bool) -> None:
     torch.manual_seed(0)
-    mask[1, 6] = False  # so that a row only fills up
     encoder = Encoder(32, 2, 2, 16, pool=pool, causal=causal)
     x = torch.randn(4, 7, 32)
     results = []
