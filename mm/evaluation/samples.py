@@ -52,7 +52,8 @@ def read_samples(files: list[str], processor: Processor, *, progress: bool = Fal
     index = ShardIndex(files)
     reader = Reader(index, cache_bytes=0)
     keys, captions, shards, items = [], [], [], []
-    for number, key in enumerate(tqdm(index.keys, desc="reading pictures", disable=None if progress else True, leave=False)):
+    quiet = None if progress else True  # None: shown on a terminal only
+    for number, key in enumerate(tqdm(index.keys, desc="reading pictures", disable=quiet, leave=False)):
         try:
             sample = reader.read(number)
             items.append(processor.prepare(sample.image, train=False))

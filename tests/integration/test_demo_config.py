@@ -1,4 +1,4 @@
-"""The demo's own config, compiled and in bf16: bitwise repeatable, and bitwise the same after a kill. Minutes, so slow."""
+"""The demo's own config, compiled and in bf16: bitwise repeatable, also after a kill. It takes minutes, so it is slow."""
 
 from __future__ import annotations
 
