@@ -1,4 +1,4 @@
-"""The demo's own config, compiled and in bf16: bitwise repeatable, also after a kill. It takes minutes, so it is slow."""
+"""The demo's own config, compiled and in bf16: bitwise repeatable, also after a kill. Minutes, and so slow."""
 
 from __future__ import annotations
 
