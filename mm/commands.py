@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -55,6 +53,9 @@ def number(kind: type[int] | type[float], low: float, above: bool = False) -> Ca
         return value
 
     return read
+
+
+SMALLEST_CELL = 96  # pixels: smaller pictures are shown enlarged in a grid
 
 
 def demo(argv: Sequence[str]) -> int:
@@ -189,38 +190,16 @@ def generate(argv: Sequence[str]) -> int:
         raise UsageError(f"--out {args.out}: the grid is a PNG file; end its name in .png")
 
     import mm
+    from mm.evaluation.images import grid, png_bytes, write_whole
 
     prompts = [prompt for prompt in args.prompts for _ in range(args.n)]
     seeds = [args.seed + column for _ in args.prompts for column in range(args.n)]
     images = mm.load(args.run).generate(prompts, seeds=seeds, steps=args.steps, guidance=args.guidance)
-    save_png(grid(images, args.n), args.out)
+    rows = [images[start : start + args.n] for start in range(0, len(images), args.n)]
+    scale = max(1, SMALLEST_CELL // images[0].width)
+    write_whole(args.out, png_bytes(grid(rows, scale=scale)))
     print(f"{args.out}: {len(args.prompts)} x {args.n} images, seeds {args.seed} to {args.seed + args.n - 1}")
     return 0
-
-
-def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """The images row by row on white, each cell as large as the largest of them."""
-    from PIL import Image
-
-    width, height = (max(size) + gap for size in zip(*(image.size for image in images), strict=True))
-    sheet = Image.new("RGB", (columns * width - gap, -(-len(images) // columns) * height - gap), "white")
-    for place, image in enumerate(images):
-        sheet.paste(image, (place % columns * width, place // columns * height))
-    return sheet
-
-
-def save_png(image: Image.Image, path: str) -> None:
-    """Writes the file whole or not at all, making its folder."""
-    folder = Path(path).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG")
-        os.chmod(temporary, 0o644)  # mkstemp makes it readable by its owner only
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def evaluate(argv: Sequence[str]) -> int:
