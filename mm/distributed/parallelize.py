@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import sysconfig
@@ -49,6 +50,7 @@ def compile_blocks(module: nn.Module, device: torch.device) -> str:
     if device.type == "cpu" and found is not None:
         # the processor's own flags already say which vector instructions it has: skip compiling a test for each
         torch._inductor.config.cpp.vec_isa_ok = True
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that there is no CUDA
         torch._inductor.config.cpp.cxx = (None, found)
     count = 0
     for owner in module.modules():
