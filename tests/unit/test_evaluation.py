@@ -166,7 +166,7 @@ def test_what_cannot_be_evaluated_is_refused(run: Path, openmoji_shards: Path, t
         evaluate(run, data=val, tasks=("zeroshot",))
     with pytest.raises(ConfigError, match="no shard at"):
         evaluate(run, data=str(tmp_path / "val-*.tar"))
-    with pytest.raises(ConfigError, match="not a released model"):
+    with pytest.raises(ConfigError, match="not a run folder"):
         evaluate(tmp_path, data=val)
     with pytest.raises(ConfigError, match="nothing to measure"):
         evaluate(run, data=val, limit=0)
