@@ -3,7 +3,7 @@
     mm demo                                             everything, the steps chosen to fit eight minutes
     mm train configs/demo.py --data.train "SHARDS/train-*.tar"
 
-Costs about eight minutes and 2 GB. What it reaches, over three seeds: benchmarks/demo.json.
+Costs about eight minutes and under 3 GB. What it reaches, over three seeds: benchmarks/demo.json.
 """
 
 from __future__ import annotations

@@ -98,3 +98,13 @@ def test_losses_and_gradients_equal_open_clip() -> None:
 def test_unknown_loss_is_refused() -> None:
     with pytest.raises(ValueError, match="softmax"):
         contrastive_loss(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1), kind="cosine")
+
+
+def test_the_loss_stays_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    image, text = (F.normalize(torch.randn(12, 16), dim=-1) for _ in range(2))
+    scale = torch.tensor([100.0])
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = contrastive_loss(image, text, scale)
+    exact = contrastive_loss(image.double(), text.double(), scale.double())
+    torch.testing.assert_close(inside.double(), exact, atol=0, rtol=1e-5)
