@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mm_kernels.attention.reference import explicit_attention
 
-# On a CPU the fused form takes more than twice as long, backward included, while the score matrix still fits in the cache
+# On a CPU the fused form takes more than twice as long, backward included, while the scores still fit in the cache
 # (benchmarks/attention_cpu.json); beyond this many scores a head, memory decides and the fused form is used.
 EXPLICIT_SCORES = 512 * 512
 
