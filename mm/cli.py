@@ -7,8 +7,9 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from mm.commands import COMMANDS, UsageError
+from mm.commands import COMMANDS
 from mm.fields import suggestion
+from mm.usage import UsageError
 
 HELP = """\
 mm: shared vision and text encoders, trained by a contrastive and a diffusion objective

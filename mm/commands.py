@@ -2,57 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
-from mm.fields import suggestion
+from mm.usage import Parser, UsageError, number
 
 if TYPE_CHECKING:
     from PIL import Image
-
-
-class UsageError(ValueError):
-    """A command line that cannot be meant."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are a UsageError of one line, with the nearest flag for an unknown one."""
-
-    def __init__(self, command: str, description: str, **options: Any):
-        super().__init__(prog=f"mm {command}", description=description, allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
-
-    def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The arguments, flags and positionals in any order. Raises UsageError."""
-        known = [flag for action in self._actions for flag in action.option_strings]
-        flags = argv[: argv.index("--")] if "--" in argv else argv
-        for word in flags:
-            flag = word.partition("=")[0]
-            if flag.startswith("--") and flag not in known:
-                raise UsageError(f"{self.prog}: unknown flag {flag}{suggestion(flag, known)}")
-        return self.parse_intermixed_args(list(argv))
-
-
-def number(kind: type[int] | type[float], low: float, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: an int or float that is at least (or above) `low`."""
-
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not (value > low if above else value >= low) or value == float("inf"):
-            bound = f"{'above' if above else 'at least'} {low}"
-            raise argparse.ArgumentTypeError(f"{text}: must be {'an int' if kind is int else 'a number'} {bound}")
-        return value
-
-    return read
 
 
 SMALLEST_CELL = 96  # pixels: smaller pictures are shown enlarged in a grid
@@ -71,42 +30,9 @@ def demo(argv: Sequence[str]) -> int:
 
 
 def shards(argv: Sequence[str]) -> int:
-    kinds = {"openmoji": _shards_openmoji, "folder": _shards_folder}
-    usage = "usage: mm shards openmoji OUT\n       mm shards folder DIR OUT [--captions FILE]"
-    if not argv or argv[0] in ("-h", "--help"):
-        print(f"{usage}\n\n`mm shards folder --help` has the details.")
-        return 0 if argv else 2
-    if argv[0] not in kinds:
-        raise UsageError(f"mm shards: unknown kind {argv[0]}{suggestion(argv[0], kinds) or '; openmoji or folder'}")
-    return kinds[argv[0]](argv[1:])
+    from mm.commands_shards import shards as run
 
-
-def _shards_openmoji(argv: Sequence[str]) -> int:
-    parser = Parser("shards openmoji", "3,954 emoji with their English names, drawn from the OpenMoji colour font.")
-    parser.add_argument("out", metavar="OUT", help="folder for train-*.tar, dev-*.tar, val-*.tar")
-    args = parser.read(argv)
-    from mm.data import build
-
-    build.openmoji(args.out)
-    return 0
-
-
-def _shards_folder(argv: Sequence[str]) -> int:
-    parser = Parser("shards folder", "A folder of images with captions: x.jpg beside x.txt, or a table of captions.")
-    parser.add_argument("dir", metavar="DIR", help="folder of images")
-    parser.add_argument("out", metavar="OUT", help="folder for the shards")
-    parser.add_argument("--captions", metavar="FILE", help="a .csv, .jsonl or .parquet table, instead of x.txt files")
-    parser.add_argument("--image-column", default=None, help="column of the table with the image's path")
-    parser.add_argument("--caption-column", default=None, help="column of the table with the caption")
-    args = parser.read(argv)
-    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-    given = {name: column for name, column in columns.items() if column is not None}
-    if given and not args.captions:
-        raise UsageError(f"--{next(iter(given)).replace('_', '-')}: needs the table it is a column of, --captions FILE")
-    from mm.data import build
-
-    build.folder(args.dir, args.out, **({"captions": args.captions} if args.captions else {}), **given)
-    return 0
+    return run(argv)
 
 
 def train(argv: Sequence[str]) -> int:

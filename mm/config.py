@@ -39,13 +39,21 @@ class RunConfig:
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
-    train: str = ""  # shards: a folder, a pattern (brace or glob), or several joined by ::
+    train: str = ""  # shards: a folder, a pattern (brace or glob), a URL, or several joined by ::
     val: str = ""  # the same, for periodic evaluation; may be empty
     batch_size: int = 64  # global: over all processes and accumulation steps
     workers: int = 0  # decoding processes; 0 decodes in the training process
-    shuffle_block: int = 4096  # samples shuffled together; reads stay within this many consecutive samples
-    caption: Literal["txt", "aliases"] = "txt"  # aliases: draw among name and json aliases, name half of the time
+    shuffle_block: int = 16384  # samples shuffled together; reads stay within this many consecutive samples
+    caption: str = "txt"  # txt, caption, json.FIELD, or several: txt=0.7,json.FIELD=0.3; one for each source by ::
+    weights: str = ""  # of the parts of train, by sample: 2::1; empty: they are joined
+    buckets: Literal["none", "text", "aspect"] = "none"  # batches of like caption length, or aspect ratio
+    shapes: int = 7  # picture shapes of aspect buckets, from 1:2 to 2:1
     max_error_rate: float = 0.05  # share of unusable samples above which the run stops
+    max_consecutive_errors: int = 100  # unusable samples in a row above which it stops
+    buffer_mb: int = 512  # batches made ahead, over all workers
+    cache_mb: int = 256  # small pictures kept decoded, over all workers
+    fetch_gb: float = 20.0  # disk that shards from a remote store may take
+    stall_seconds: float = 60.0  # a remote store that brings nothing for so long is asked again, five times
 
 
 @dataclass(slots=True, kw_only=True)
@@ -183,7 +191,8 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "at least 1",
         lambda number: number >= 1,
-        "run.steps run.log_every data.batch_size data.shuffle_block model.embed_dim model.image.size model.image.patch "
+        "run.steps run.log_every data.batch_size data.shuffle_block data.shapes data.max_consecutive_errors "
+        "data.buffer_mb model.embed_dim model.image.size model.image.patch "
         "model.image.width model.image.depth model.image.heads model.text.vocab_size model.text.context_length "
         "model.text.width model.text.depth model.text.heads model.denoiser.patch model.denoiser.width "
         "model.denoiser.depth model.denoiser.heads objectives.diffusion.copies objectives.align.block "
@@ -192,7 +201,8 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "0 or more",
         lambda number: number >= 0,
-        "run.seed run.eval_every run.sample_every run.diagnose_every data.workers model.denoiser.bottleneck "
+        "run.seed run.eval_every run.sample_every run.diagnose_every data.workers data.cache_mb "
+        "model.denoiser.bottleneck "
         "model.denoiser.context_depth objectives.contrastive.weight objectives.diffusion.weight "
         "objectives.align.weight objectives.diffusion.text_grad objectives.diffusion.image_grad "
         "objectives.align.warmup objectives.align.stop optim.weight_decay optim.muon_weight_decay optim.warmup "
@@ -201,7 +211,8 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "above 0",
         lambda number: number > 0,
-        "model.image.std objectives.contrastive.init_scale objectives.contrastive.max_scale "
+        "data.fetch_gb data.stall_seconds model.image.std "
+        "objectives.contrastive.init_scale objectives.contrastive.max_scale "
         "objectives.diffusion.sigma_std objectives.diffusion.noise_scale objectives.diffusion.shift optim.lr "
         "optim.muon_lr optim.clip",
     ),

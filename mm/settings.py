@@ -23,7 +23,8 @@ from mm.fields import describe, fits, leaves, section, suggestion, tree
 MAY_CHANGE = frozenset(
     {"run.dir", "run.steps", "run.log_every", "run.eval_every", "run.sample_every", "run.diagnose_every"}
     | {"run.tensorboard"}
-    | {"data.workers", "parallel", "checkpoint"}
+    | {"data.workers", "data.buffer_mb", "data.cache_mb", "data.fetch_gb", "data.stall_seconds"}
+    | {"parallel", "checkpoint"}
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # many small tests: more threads only fight
+_CACHE = tempfile.TemporaryDirectory(prefix="mm-cache-")
+os.environ["MM_CACHE"] = _CACHE.name  # indexes and fetched shards: not among the user's
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from mm.adapters.base import Adapter, Processor
+from mm.adapters.resample import Croppable, Opened
 from mm.nn.position import grid_positions
 from mm.types import Batch, Tokens
 
@@ -21,11 +23,10 @@ if TYPE_CHECKING:
 
 
 class ImageProcessor(Processor):
-    """PIL images to uint8 `[3, size, size]`.
+    """Pictures (PIL images, or anything `Croppable`) to uint8 `[3, size, size]`.
 
     In training a random-resized-crop of at least `crop_scale` of the area and a jitter of brightness and contrast;
-    otherwise the shorter side is resized and the centre is cut. Outside a picture there is nothing, so the crop never
-    leaves it.
+    otherwise the largest part in the centre. Outside a picture there is nothing, so the crop never leaves it.
     """
 
     source = "image"
@@ -33,31 +34,28 @@ class ImageProcessor(Processor):
     def __init__(self, size: int, crop_scale: float = 1.0, color_jitter: float = 0.0):
         self.size, self.crop_scale, self.color_jitter = size, crop_scale, color_jitter
 
-    def prepare(self, raw: Any, *, train: bool, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
-        if not isinstance(raw, Image.Image):
-            raise ValueError(f"an image must be a PIL.Image, not {type(raw).__name__}")
-        if raw.mode != "RGB":
-            raw = flatten(raw)
+    def prepare(
+        self,
+        raw: Any,
+        *,
+        train: bool,
+        rng: np.random.Generator | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """`pixels`: uint8 `[height, width, 3]`, of `size` (width, height) where it is given and square otherwise."""
+        picture = Opened(raw) if isinstance(raw, Image.Image) else raw
+        if not isinstance(picture, Croppable):
+            raise ValueError(f"an image must be a PIL.Image or have `size` and `crop`, not {type(raw).__name__}")
+        width, height = size or (self.size, self.size)
         random = rng if train else None
-        box = self._random_box(raw.size, random) if random is not None else centre_box(raw.size)
-        resample = Image.Resampling.BOX if raw.width % self.size == 0 and not train else Image.Resampling.BICUBIC
-        if raw.size != (self.size, self.size) or box != (0, 0, self.size, self.size):
-            raw = raw.resize((self.size, self.size), resample, box=box)
-        pixels = np.asarray(raw)  # [H, W, 3] uint8
+        if random is not None and self.crop_scale < 1.0:
+            box = random_box(picture.size, width / height, self.crop_scale, random)
+        else:
+            box = centre_box(picture.size, width / height)
+        pixels = picture.crop(box, (width, height))
         if random is not None and self.color_jitter > 0:
             pixels = jitter(pixels, self.color_jitter, random)
         return {"pixels": pixels}
-
-    def _random_box(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[float, float, float, float]:
-        width, height = size
-        if self.crop_scale >= 1.0:
-            return centre_box(size)
-        area, log_ratio, left, top = rng.random(4)
-        side = math.sqrt(width * height * (self.crop_scale + (1 - self.crop_scale) * area))
-        ratio = math.exp((2 * log_ratio - 1) * math.log(4 / 3) / 2)
-        w, h = min(side * ratio, width), min(side / ratio, height)
-        x, y = left * (width - w), top * (height - h)
-        return x, y, x + w, y + h
 
     def collate(self, items: Sequence[dict[str, np.ndarray]]) -> tuple[Tensor, None]:
         """uint8 `[B, 3, H, W]`."""
@@ -69,27 +67,35 @@ class ImageProcessor(Processor):
         return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in tensor.cpu()]
 
 
-def centre_box(size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest centred square of a picture."""
+def centre_box(size: tuple[int, int], ratio: float = 1.0) -> tuple[int, int, int, int]:
+    """The largest centred part of a picture with width / height = `ratio`, in whole pixels."""
     width, height = size
-    side = min(width, height)
-    return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+    w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
 
 
-def flatten(picture: Image.Image) -> Image.Image:
-    """RGB, with transparent parts on white."""
-    if "A" in picture.mode or "transparency" in picture.info:
-        rgba = picture.convert("RGBA")
-        ground = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(ground, rgba).convert("RGB")
-    return picture.convert("RGB")
+def random_box(
+    size: tuple[int, int], ratio: float, least: float, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Whole pixels of a part with at least `least` of the area, width / height within 4/3 of `ratio`; four draws.
+
+    Where the part would leave the picture on two sides it is cut to fit, whatever its shape is then.
+    """
+    width, height = size
+    area, log_ratio, left, top = rng.random(4)
+    side = math.sqrt(width * height * (least + (1 - least) * area))
+    stretch = math.sqrt(ratio) * math.exp((2 * log_ratio - 1) * math.log(4 / 3) / 2)
+    w, h = min(max(1, round(side * stretch)), width), min(max(1, round(side / stretch)), height)
+    x, y = round(left * (width - w)), round(top * (height - h))
+    return x, y, x + w, y + h
 
 
 def jitter(pixels: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
     """Contrast about the middle grey and brightness, each changed by up to `amount`."""
     contrast, brightness = 1 + amount * (2 * rng.random(2) - 1)
     table = np.clip((np.arange(256) - 127.5) * contrast + 127.5 * brightness, 0, 255).astype(np.uint8)
-    return table[pixels]
+    return table.take(pixels)
 
 
 class ImageAdapter(Adapter):
@@ -102,7 +108,7 @@ class ImageAdapter(Adapter):
     def __init__(self, config: ImageConfig, processor: ImageProcessor, name: str = "image"):
         super().__init__(name, processor)
         self.patch = config.patch
-        side = config.size // config.patch
+        self.side = side = config.size // config.patch
         self.register_buffer("mean", 255 * torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("grid", grid_positions(side, side), persistent=False)
@@ -111,12 +117,25 @@ class ImageAdapter(Adapter):
         self.position = nn.Parameter(torch.zeros(side * side + (self.cls is not None), config.width))
 
     def embed(self, batch: Batch) -> Tokens:
-        """Tokens `[B, N, D]` from uint8 pixels `[B, 3, H, W]`."""
+        """Tokens `[B, N, D]` from uint8 pixels `[B, 3, H, W]`, H and W any multiples of the patch."""
         pixels = (batch.inputs[self.name].float() - self.mean) / self.std
+        rows, columns = pixels.shape[2] // self.patch, pixels.shape[3] // self.patch
         x = self.proj(patchify(pixels, self.patch))
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1).to(x.dtype), x], dim=1)
-        return Tokens(x + self.position, max_len=x.shape[1], positions=self.grid)
+        usual = rows == columns == self.side
+        grid = self.grid if usual else grid_positions(rows, columns).to(x.device)
+        return Tokens(x + self._positions(rows, columns), max_len=x.shape[1], positions=grid)
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """The learned positions, stretched over a grid of another shape as over the square one: `[N, D]`."""
+        if rows == columns == self.side:
+            return self.position
+        extra = len(self.position) - self.side**2
+        square = self.position[extra:].T.unflatten(1, (self.side, self.side))  # [D, side, side]
+        stretched = F.interpolate(square[None].float(), (rows, columns), mode="bicubic", antialias=True)
+        stretched = stretched[0].flatten(1).T  # [N, D]
+        return torch.cat([self.position[:extra], stretched.to(self.position.dtype)])
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

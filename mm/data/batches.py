@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,21 +15,26 @@ from torch.utils.data import Dataset
 
 from mm.adapters.base import Processor
 from mm.config import ConfigError
+from mm.data import captions
+from mm.data.buckets import Buckets
 from mm.data.index import Entry, ShardIndex
+from mm.data.mixture import Mixture
 from mm.data.order import Order, sample_seed
-from mm.data.reader import Reader, Sample
+from mm.data.reader import Reader, Sample, ShardLost
 from mm.types import Batch
 
-_MOST_BAD_IN_A_ROW = 256  # then the data is broken rather than damaged
+_MOST_LOST_IN_A_ROW = 4  # shards: then the store is gone rather than a shard
+_AHEAD = 4096  # samples looked ahead for remote shards
+
+AnyOrder = Order | Mixture | Buckets
 
 
 class Made(NamedTuple):
-    """A batch with what went wrong while it was made: ledger entries, and unusable positions of those looked at."""
+    """A batch with what went wrong while it was made: ledger entries, and which positions met a bad sample."""
 
     batch: Batch
     ledger: list[Entry]
-    seen: int
-    bad: int
+    bad: list[bool]
 
 
 class Streams:
@@ -55,34 +60,41 @@ def stream_number(name: str) -> int:
 class Batches(Dataset[Made]):
     """`batches[n]` is this rank's slice of global batch n.
 
-    In training the order is endless, and an unusable sample is replaced by the next usable one of the index. Otherwise
-    the order is the index's, the last batch is short, and an unusable sample is left out: a double would count twice.
+    In training the order is endless, and an unusable sample is replaced by the next usable one of the index (of a shard
+    that is lost, by the first of the next shard). Otherwise the order is the index's, the last batch is short, and an
+    unusable sample is left out: a double would count twice. `shapes`: the (width, height) that each code of a `Buckets`
+    order by aspect stands for. `trim`: text is padded to the batch's longest only, rounded up to 8.
     """
 
     def __init__(
         self,
         index: ShardIndex,
+        reader: Reader,
         processors: Mapping[str, Processor],
         *,
-        order: Order | None,
+        order: AnyOrder | None,
         batch_size: int,
         seed: int,
         rank: int,
         world: int,
-        aliases: bool,
-        cache_bytes: int,
+        most_bad_in_a_row: int = 100,
+        shapes: Sequence[tuple[int, int]] = (),
+        trim: bool = False,
     ) -> None:
-        self.index, self.processors, self.order, self.seed = index, dict(processors), order, seed
-        self.batch_size, self.rank, self.rows = batch_size, rank, batch_size // world
-        needs_images = any(processor.source == "image" for processor in self.processors.values())
-        self.aliases = aliases and order is not None
-        self.reader = Reader(index, images=needs_images, aliases=self.aliases, cache_bytes=cache_bytes)
+        self.index, self.reader, self.processors, self.order = index, reader, dict(processors), order
+        self.seed, self.batch_size, self.rank, self.rows = seed, batch_size, rank, batch_size // world
+        self.most_bad_in_a_row, self.shapes, self.trim = most_bad_in_a_row, list(shapes), trim
         self._numbers = {name: stream_number(name) for name in ("caption", *self.processors)}
 
     def __getitem__(self, n: int) -> Made:
         start = n * self.batch_size + self.rank * self.rows
+        shape = None
         if self.order is not None:
             epochs, numbers = (array.tolist() for array in self.order.span(start, start + self.rows))
+            if self.reader.store is not None:
+                self.reader.ahead(self.order.span(start, start + max(_AHEAD, 2 * self.batch_size))[1])
+            if self.shapes and isinstance(self.order, Buckets):
+                shape = self.shapes[self.order.code(n)]
         else:
             numbers = list(range(min(start, len(self.index)), min(start + self.rows, len(self.index))))
             epochs = [0] * len(numbers)
@@ -90,11 +102,12 @@ class Batches(Dataset[Made]):
         keys: list[str] = []
         seeds: list[int] = []
         ledger: list[Entry] = []
-        streams, bad = Streams(), 0
+        bad: list[bool] = []
+        streams = Streams()
         for epoch, number in zip(epochs, numbers, strict=True):
             failures = len(ledger)
-            made = self._usable(number, epoch, streams, ledger)
-            bad += len(ledger) > failures
+            made = self._usable(number, epoch, shape, streams, ledger)
+            bad.append(any(entry.key for entry in ledger[failures:]))  # a lost shard is counted as a whole
             if made is None:
                 continue
             key, seed, prepared = made
@@ -102,7 +115,14 @@ class Batches(Dataset[Made]):
             seeds.append(seed)
             for name, item in prepared.items():
                 items[name].append(item)
-        return Made(self._collate(items, seeds, keys), ledger, len(numbers), bad)
+        return Made(self._collate(items, seeds, keys), ledger, bad)
+
+    def bytes_of_one(self) -> int:
+        """Bytes of a batch, from a first sample that can be used; 0 where there is none."""
+        made = self._usable(0, 0, None, Streams(), []) if self.order is not None else None
+        if made is None:
+            return 0
+        return self.rows * sum(array.nbytes for item in made[2].values() for array in item.values())
 
     def _collate(self, items: dict[str, list[dict[str, np.ndarray]]], seeds: list[int], keys: list[str]) -> Batch:
         inputs: dict[str, Tensor] = {}
@@ -113,36 +133,50 @@ class Batches(Dataset[Made]):
             inputs[name], ragged = processor.collate(items[name])
             if ragged is not None:
                 lengths[name] = ragged
+                if self.trim:
+                    inputs[name] = inputs[name][:, : -(-int(ragged.max()) // 8) * 8].contiguous()
         return Batch(inputs, lengths, torch.tensor(seeds, dtype=torch.int64), keys)
 
     def _usable(
-        self, number: int, epoch: int, streams: Streams, ledger: list[Entry]
+        self, number: int, epoch: int, shape: tuple[int, int] | None, streams: Streams, ledger: list[Entry]
     ) -> tuple[str, int, dict[str, dict[str, np.ndarray]]] | None:
         """Key, seed and prepared items of sample `number`, or in training of the next usable one."""
-        tries = min(len(self.index), _MOST_BAD_IN_A_ROW) if self.order is not None else 1
-        for step in range(tries):
-            candidate = (number + step) % len(self.index)
-            key = self.index.keys[candidate]
+        candidate, tries, lost = number, 0, 0
+        while True:
+            key, shard = self.index.key(candidate), self.index.shards[self.index.shard_of(candidate)]
             seed = sample_seed(self.seed, epoch, key)
             try:
-                return key, seed, self._prepare(self.reader.read(candidate), seed, streams)
+                return key, seed, self._prepare(self.reader.read(candidate), seed, shape, streams)
+            except ShardLost as error:
+                ledger.append(Entry(shard, "", str(error)))
+                candidate, lost = self.index.after(candidate), lost + 1
             except ValueError as error:
-                ledger.append(Entry(self.index.shards[self.index.shard_of[candidate]], key, str(error)))
-        if self.order is None:
-            return None
-        shard, key, reason = ledger[-1]
-        raise ConfigError(f"shards: {tries} samples in a row cannot be used; the last, {key} in {shard}: {reason}")
+                ledger.append(Entry(shard, key, str(error)))
+                candidate, tries = (candidate + 1) % len(self.index), tries + 1
+            if self.order is None:
+                return None
+            if lost >= min(_MOST_LOST_IN_A_ROW, int(np.count_nonzero(self.index.sizes))):
+                raise ConfigError(f"shards: {lost} in a row cannot be read; the last, {shard}: {ledger[-1].reason}")
+            if tries >= min(self.most_bad_in_a_row, len(self.index)):
+                raise ConfigError(
+                    f"shards: {tries} samples in a row cannot be used (data.max_consecutive_errors = "
+                    f"{self.most_bad_in_a_row}); the last, {key} in {shard}: {ledger[-1].reason}"
+                )
 
-    def _prepare(self, sample: Sample, seed: int, streams: Streams) -> dict[str, dict[str, np.ndarray]]:
-        train, text = self.order is not None, sample.caption
-        if sample.aliases:
-            draw = streams.at(seed, self._numbers["caption"]).random()
-            if draw >= 0.5:  # the rest of the same draw picks which
-                text = sample.aliases[int((draw - 0.5) * 2 * len(sample.aliases))]
+    def _prepare(
+        self, sample: Sample, seed: int, shape: tuple[int, int] | None, streams: Streams
+    ) -> dict[str, dict[str, np.ndarray]]:
+        train = self.order is not None
+        text = sample.texts[0][0][0]
+        if train and (len(sample.texts) > 1 or len(sample.texts[0][0]) > 1):
+            text = captions.draw(sample.texts, streams.at(seed, self._numbers["caption"]))
         raw = {"image": sample.image, "text": text}
         return {
             name: processor.prepare(
-                raw[processor.source], train=train, rng=streams.at(seed, self._numbers[name]) if train else None
+                raw[processor.source],
+                train=train,
+                rng=streams.at(seed, self._numbers[name]) if train else None,
+                **({"size": shape} if shape is not None and processor.source == "image" else {}),
             )
             for name, processor in self.processors.items()
         }

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from mm.config import ConfigError
 from mm.data import decode
-from mm.data.index import IMAGES
+from mm.data.captions import text
 from mm.data.pack import ShardWriter
+from mm.data.table import IMAGES
 
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _LONGEST_KEY = 80  # a plain tar header holds names of 100 bytes
@@ -132,7 +133,7 @@ def _parquet(table: Path) -> list[dict[str, Any]]:
 
 def _pair(path: Path, caption: bytes, where: str) -> Pair:
     try:
-        return Pair(path, decode.caption(caption), where)
+        return Pair(path, text(caption), where)
     except ValueError as error:
         raise ConfigError(f"folder: {where}: {error}") from error
 

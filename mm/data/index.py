@@ -1,27 +1,27 @@
-"""Which shards a string names, and where every sample lies in them."""
+"""Every usable sample of some shards, by number. Opened in well under a second, whatever was indexed before."""
 
 from __future__ import annotations
 
-import glob
+import hashlib
 import itertools
 import os
-import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, overload
 
 import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
 
 from mm.config import ConfigError
-from mm.data.tar import Member, scan
+from mm.data import remote, sidecar, table
+from mm.data.table import IMAGES, NONE, PARTS, Shard, Table
+from mm.data.tar import BLOCK
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
-ALLOWED = (*IMAGES, "txt", "json")  # nothing else in a shard is ever read
-SPLITS = ("train", "dev", "val")
 LARGEST_TEXT = 1 << 20  # bytes of a caption or of metadata
-_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's rule: the key ends at the first dot of the file name
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_MOST_SHARDS = 1_000_000
+_MANY = 32  # shards from which on their joined table is kept for the next start
+_KEPT = 16  # joined tables kept
+_THREADS = 16  # sidecars fetched at once
 
 
 class Entry(NamedTuple):
@@ -32,167 +32,272 @@ class Entry(NamedTuple):
     reason: str
 
 
-def expand(spec: str, *, mixed: bool = False) -> list[str]:
-    """The shard files that `spec` names: a folder, a file, a brace or glob pattern, or several joined by `::`.
+def open_table(shards: Sequence[str], *, anew: bool = False) -> Table:
+    """One table over `shards`: from the last start's where nothing changed, else from sidecars, else by reading.
 
-    One folder or wildcard never reaches across splits (train-, dev-, val-) unless `mixed`: held-out data must be named.
-    Raises ConfigError with the spec and what was seen where a part matches nothing, or a shard is named twice.
+    With `anew`, remote shards are asked whether they changed. Raises ConfigError for a shard that cannot be read and
+    was never indexed.
     """
-    if not spec.strip():
-        raise ConfigError(
-            "shards: nothing is named; give a folder, a pattern such as 'OUT/train-*.tar', or some joined by ::"
-        )
-    found: list[str] = []
-    for part in (part.strip() for part in spec.split("::")):
-        if not part or part.startswith("pipe:") or "://" in part:
-            raise ConfigError(f"shards {spec!r}: {part!r} is not a path; name local .tar files (no pipe: or URL)")
-        part = os.path.expanduser(part)
-        alternatives = [part] if os.path.exists(part) else list(_braces(part))
-        missing = []
-        for name in alternatives:
-            matches = _matches(name)
-            if not matches:
-                missing.append(name)
-            splits = {base.split("-")[0] for base in map(os.path.basename, matches)} & set(SPLITS)
-            if len(splits) > 1 and not mixed:
-                folder = name if os.path.isdir(name) else os.path.dirname(name)
-                there = [split for split in SPLITS if split in splits]
-                raise ConfigError(
-                    f"shards {spec!r}: matches {', '.join(there)} shards at once; "
-                    f"name one split, such as {os.path.join(folder, there[0] + '-*.tar')!r}"
-                )
-            found += matches
-        if missing:
-            some = f" (and {len(missing) - 1} more of {len(alternatives)})" if len(missing) > 1 else ""
-            raise ConfigError(f"shards {spec!r}: no shard at {missing[0]!r}{some}; {_seen(missing[0])}")
-    files = [os.path.abspath(path) for path in found]
-    if len(set(files)) < len(files):
-        twice = next(path for path, file in zip(found, files, strict=True) if files.count(file) > 1)
-        raise ConfigError(f"shards {spec!r}: names {twice!r} more than once; remove the overlap")
-    return found
+    stamps = [_stamp(shard) for shard in shards]
+    kept = _joined(shards, stamps)
+    if len(shards) >= _MANY and not anew:
+        try:
+            return table.load(kept)
+        except (OSError, ValueError):  # not there yet, or of another version
+            pass
+    many = ThreadPoolExecutor(_THREADS if any(map(remote.is_remote, shards)) else 1)
+    with many as pool, tqdm(total=len(shards), desc="opening shards", unit="shard", disable=None, leave=False) as bar:
+        tables = []
+        for one in pool.map(_one, shards, stamps, itertools.repeat(anew)):
+            tables.append(one)
+            bar.update()
+    whole = table.join(tables)
+    if len(shards) >= _MANY:
+        _keep(whole, kept)
+        if os.path.exists(kept):
+            return table.load(kept)
+    return whole
 
 
-def _matches(name: str) -> list[str]:
-    if os.path.isdir(name):
-        return sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
-    if os.path.isfile(name):
-        return [name]
-    return sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+def _stamp(shard: str) -> tuple[int, str] | OSError:
+    if remote.is_remote(shard):
+        return (
+            -1,
+            "",
+        )  # asking for each of many thousands takes longer than a start may: changes show when it is fetched
+    try:
+        return sidecar.stamp(shard)
+    except OSError as error:
+        return error
 
 
-def _braces(pattern: str) -> Iterator[str]:
-    """`a-{000..002}` and `{a,b}`, innermost first, with the zeros of the first bound."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    inside, bounds = match[1], _RANGE.fullmatch(match[1])
-    words: list[str] = inside.split(",")
-    if bounds is not None:
-        first, last = int(bounds[1]), int(bounds[2])
-        if not 0 <= last - first < _MOST_SHARDS:
-            raise ConfigError(
-                f"shards {pattern!r}: range {inside!r} must run upwards over at most {_MOST_SHARDS} numbers"
-            )
-        words = [str(number).zfill(len(bounds[1])) for number in range(first, last + 1)]
-    for word in words:
-        yield from _braces(pattern[: match.start()] + word + pattern[match.end() :])
+def _one(shard: str, stamp: tuple[int, str] | OSError, anew: bool) -> Table:
+    try:
+        old = sidecar.find(shard)
+        if isinstance(stamp, OSError):
+            raise stamp
+        if old is not None and (old.shards[0].bytes, old.shards[0].version) == stamp:
+            return old
+        if remote.is_remote(shard):
+            if old is not None and not anew:
+                return old
+            new = sidecar.fresh(shard, old)
+            if new is not old:  # it was read whole for this: never twice
+                sidecar.keep(shard, new)
+            return new
+        return sidecar.fresh(shard, old)
+    except OSError as error:
+        old = sidecar.find(shard) if not remote.is_remote(shard) else None
+        reason = error.strerror or str(error)
+        if old is None:
+            raise ConfigError(f"shard {shard!r} cannot be read: {reason}; mend it, or leave it out") from error
+        old.path, old.shards[0].unreadable = "", f"cannot be read: {reason}"
+        return old
 
 
-def _seen(name: str) -> str:
-    folder = Path(name)
-    while not folder.is_dir():
-        if folder == folder.parent:
-            break
-        folder = folder.parent
-    names = sorted(entry.name for entry in itertools.islice(os.scandir(folder), 10_000))
-    if not names:
-        return f"the folder {str(folder)!r} is empty"
-    return f"the folder {str(folder)!r} holds {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+def _joined(shards: Sequence[str], stamps: Sequence[tuple[int, str] | OSError]) -> str:
+    """Where the joined table of exactly these shards, in this state, is kept."""
+    digest = hashlib.blake2b(digest_size=16)
+    for shard, stamp in zip(shards, stamps, strict=True):
+        place = shard if remote.is_remote(shard) else os.path.abspath(shard)
+        digest.update(f"{place}\0{stamp if isinstance(stamp, tuple) else 'unreadable'}\n".encode())
+    return str(sidecar.cache_folder() / "joined" / (digest.hexdigest() + sidecar.SUFFIX))
+
+
+def _keep(whole: Table, path: str) -> None:
+    """Saves a start's work for the next; a cache that cannot be written only makes that one slower."""
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        table.write(whole, path)
+        others = sorted((e for e in os.scandir(folder) if e.name.endswith(sidecar.SUFFIX)), key=_age)
+        for entry in others[:-_KEPT]:
+            os.unlink(entry.path)
+    except OSError:
+        pass
+
+
+def _age(entry: os.DirEntry[str]) -> float:
+    return entry.stat().st_mtime
+
+
+class Keys(Sequence[str]):
+    """The keys of an index, each decoded when it is asked for."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self._index = index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[str]: ...
+    def __getitem__(self, number: int | slice) -> str | list[str]:
+        if isinstance(number, slice):
+            return [self[place] for place in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        return self._index.key(number % len(self))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
 
 
 class ShardIndex:
-    """Every usable sample of some shards: its key, and where its image, caption and metadata lie.
+    """Every usable sample of some shards: its key, and where its parts lie.
 
-    `shards` paths; `sizes` usable samples in each; `keys` [N]; `shard_of` [N] int32; `spans` [N, 3, 2] int64, offset
-    and size in bytes of image, caption, metadata (size -1: none). `ledger` says what was left out and why, `rejected`
-    of `seen` samples. Raises ConfigError naming the member extensions that were seen where no sample is usable.
+    `parts`: what may hold a sample's caption ("txt", "caption", "json"), a tuple for all or a list of one a shard.
+    `shards`: paths or URLs; `sizes`: usable samples in each, int64 [S]; `ledger` says what was left out and why,
+    `rejected` of `seen` samples. Raises ConfigError naming the member extensions seen where no sample is usable.
     """
 
-    def __init__(self, shards: Sequence[str], *, spec: str = "") -> None:
+    def __init__(
+        self,
+        shards: Sequence[str],
+        *,
+        spec: str = "",
+        parts: tuple[str, ...] | Sequence[tuple[str, ...]] = ("txt",),
+    ) -> None:
+        self.table = open_table(shards)
         self.shards = list(shards)
-        self.sizes: list[int] = []
-        self.keys: list[str] = []
         self.ledger: list[Entry] = []
         self.seen = self.rejected = 0
-        spans: list[tuple[tuple[int, int], ...]] = []
-        extensions: set[str] = set()
-        for shard in self.shards:
-            before = len(self.keys)
-            try:
-                members, damage = scan(shard)
-            except OSError as error:
-                members, damage = [], f"cannot be read: {error.strerror or error}"
-            samples = self._group(shard, members, extensions)
-            for key, parts in samples.items():
-                reason = _lacks(parts)
-                if reason:
-                    self.ledger.append(Entry(shard, key, reason))
-                    self.rejected += 1
-                    continue
-                image = next(parts[extension] for extension in IMAGES if extension in parts)
-                self.keys.append(key)
-                spans.append((image, parts["txt"], parts.get("json", (0, -1))))
-            if damage:
-                self.ledger.append(Entry(shard, "", damage))
-            self.seen += len(samples)
-            self.sizes.append(len(self.keys) - before)
-        self.shard_of = np.repeat(np.arange(len(self.shards), dtype=np.int32), self.sizes)
-        self.spans = np.array(spans, dtype=np.int64).reshape(-1, 3, 2)
-        if not self.keys:
-            raise ConfigError(self._nothing(spec or "::".join(self.shards[:3]), extensions))
+        self._parts = [parts if isinstance(parts, tuple) else tuple(parts[place]) for place in range(len(self.shards))]
+        self._starts = _starts([about.rows for about in self.table.shards])
+        self._key_starts = _starts([about.key_bytes for about in self.table.shards])
+        usable = self._usable()
+        self._rows = None if usable.all() else np.flatnonzero(usable)
+        ends = self._starts.tolist()
+        self.sizes = np.array([np.count_nonzero(usable[a:b]) for a, b in itertools.pairwise(ends)], np.int64)
+        if not len(self):
+            raise ConfigError(self._nothing(spec or "::".join(self.shards[:3])))
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.table) if self._rows is None else len(self._rows)
 
-    def _group(self, shard: str, members: list[Member], extensions: set[str]) -> dict[str, dict[str, tuple[int, int]]]:
-        samples: dict[str, dict[str, tuple[int, int]]] = {}
-        for name, offset, size, problem in members:
-            match = _KEY.match(name)
-            if problem:
-                self.ledger.append(Entry(shard, "", f"member {name} refused: {problem}"))
-                continue
-            if match is None:  # a hidden file, or no extension: not part of a sample
-                continue
-            key, extension = match[1], match[2].lower()
-            extensions.add(extension)
-            parts = samples.setdefault(key, {})
-            if extension in parts:
-                self.ledger.append(Entry(shard, key, f"second member {name} ignored"))
-            elif extension in ALLOWED:
-                parts[extension] = (offset, size)
-        return samples
+    @property
+    def keys(self) -> Keys:
+        return Keys(self)
 
-    def _nothing(self, spec: str, extensions: set[str]) -> str:
-        if not self.seen:
+    def row(self, number: int) -> int:
+        """Where sample `number` stands in the table."""
+        return number if self._rows is None else int(self._rows[number])
+
+    def rows(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The same for many."""
+        return numbers if self._rows is None else self._rows[numbers]
+
+    def shard_of(self, number: int) -> int:
+        """The shard of sample `number`."""
+        return int(np.searchsorted(self._starts, self.row(number), side="right")) - 1
+
+    def shards_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The shards of samples `[n]`."""
+        return np.searchsorted(self._starts, self.rows(numbers), side="right") - 1
+
+    def key(self, number: int) -> str:
+        """The key of sample `number`."""
+        return self._key(self.row(number), self.shard_of(number))
+
+    def _key(self, row: int, shard: int) -> str:
+        ends, base = self.table.columns["key_ends"], int(self._key_starts[shard])
+        start = 0 if row == self._starts[shard] else int(ends[row - 1])
+        return self.table.columns["keys"][base + start : base + int(ends[row])].tobytes().decode("utf-8", "replace")
+
+    def span(self, number: int, part: str) -> tuple[int, int]:
+        """Offset and size in bytes of a part of sample `number`; size -1: it has none."""
+        column, row = self.table.columns.get(f"{part}.size"), self.row(number)
+        if column is None or column[row] == NONE:
+            return 0, -1
+        return BLOCK * int(self.table.columns[f"{part}.block"][row]), int(column[row])
+
+    def after(self, number: int) -> int:
+        """The first sample of the next shard that has any, from the first again after the last."""
+        ends = np.cumsum(self.sizes)
+        return int(ends[np.searchsorted(ends, number, side="right")]) % len(self)
+
+    def agrees(self, shard: int, now: Table) -> bool:
+        """Whether what a shard holds now is what was indexed, or the beginning of it where it was cut since."""
+        rows = len(now) - bool(now.shards[0].damage)  # a cut may have gone through the last
+        first = int(self._starts[shard])
+        if rows > self._starts[shard + 1] - first:
+            return False
+        columns, base = self.table.columns, int(self._key_starts[shard])
+        bytes_ = int(now.columns["key_ends"][rows - 1]) if rows > 0 else 0
+        pairs = [(columns["keys"][base : base + bytes_], now.columns["keys"][:bytes_])]
+        for name in ("key_ends", *(f"{part}.{what}" for part in PARTS for what in ("block", "size"))):
+            then, there = columns.get(name), now.columns.get(name)
+            if then is None and there is None:
+                continue
+            absent = np.full(rows, NONE if name.endswith(".size") else 0, np.uint32)
+            pairs.append(
+                (
+                    absent if then is None else then[first : first + rows],
+                    absent if there is None else there[:rows],
+                )
+            )
+        return all(np.array_equal(one, other) for one, other in pairs)
+
+    def _usable(self) -> NDArray[np.bool_]:
+        """Which rows of the table can be used; enters the others in the ledger."""
+        images = self.table.sizes("image")
+        usable = (images != NONE) & (images != 0)
+        first = 0
+        for parts, same in itertools.groupby(
+            zip(self._parts, self.table.shards, strict=True), key=lambda pair: pair[0]
+        ):
+            last = first + sum(about.rows for _, about in same)
+            some = np.zeros(last - first, np.bool_)
+            for part in parts:
+                sizes = self.table.sizes(part)[first:last]
+                some |= (sizes > 0) & (sizes <= LARGEST_TEXT)
+            usable[first:last] &= some
+            first = last
+        for place, about in enumerate(self.table.shards):
+            self._enter(place, about, usable)
+        return usable
+
+    def _enter(self, place: int, about: Shard, usable: NDArray[np.bool_]) -> None:
+        name, (first, last) = self.shards[place], self._starts[place : place + 2]
+        self.seen += about.rows + len(about.lost)
+        self.rejected += len(about.lost)
+        for key, reason in about.problems:
+            self.ledger.append(Entry(name, key, reason))
+        if about.unreadable:
+            usable[first:last] = False
+            self.rejected += about.rows
+            self.ledger.append(Entry(name, "", f"{about.unreadable}; {about.rows} samples lost"))
+            return
+        for row in (first + np.flatnonzero(~usable[first:last])).tolist():
+            self.rejected += 1
+            self.ledger.append(Entry(name, self._key(row, place), self._lacks(row, self._parts[place])))
+        if about.damage:
+            self.ledger.append(Entry(name, "", about.damage))
+        for key in about.lost:
+            self.ledger.append(Entry(name, key, f"lost: {about.damage}"))
+
+    def _lacks(self, row: int, parts: Sequence[str]) -> str:
+        """Why a row is not usable."""
+        image = int(self.table.sizes("image")[row])
+        if image == NONE:
+            return "no image"
+        if not image:
+            return "empty image"
+        sizes = [int(size) for size in (self.table.sizes(part)[row] for part in parts) if size != NONE]
+        return f"caption of {max(sizes)} bytes" if sizes else "no caption"
+
+    def _nothing(self, spec: str) -> str:
+        if not self.seen or any(about.unreadable for about in self.table.shards):
             first = f"; {self.ledger[0].shard!r}: {self.ledger[0].reason}" if self.ledger else ""
             return f"shards {spec!r}: no sample in {len(self.shards)} shard(s){first}"
-        seen = ", ".join(sorted(extensions)[:12])
+        seen = ", ".join(sorted({e for about in self.table.shards for e in about.extensions})[:12])
         return (
-            f"shards {spec!r}: none of {self.seen} samples has an image ({', '.join(IMAGES)}) and a caption (txt); "
-            f"member extensions seen: {seen}"
+            f"shards {spec!r}: none of {self.seen} samples has an image ({', '.join(IMAGES)}) and a caption "
+            f"({', '.join(dict.fromkeys(p for parts in self._parts for p in parts))}); member extensions seen: {seen}"
         )
 
 
-def _lacks(parts: dict[str, tuple[int, int]]) -> str:
-    """Why a sample with these members is not usable, or ""."""
-    images = [parts[extension] for extension in IMAGES if extension in parts]
-    if not images:
-        return "no image"
-    if "txt" not in parts:
-        return "no caption"
-    if not images[0][1]:
-        return "empty image"
-    if not 0 < parts["txt"][1] <= LARGEST_TEXT:
-        return f"caption of {parts['txt'][1]} bytes"
-    return ""
+def _starts(counts: Sequence[int]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(np.asarray(counts, np.int64))]).astype(np.int64)

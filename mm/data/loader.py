@@ -8,7 +8,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,28 +17,36 @@ from torch.utils.data import DataLoader
 from mm.adapters.base import Processor
 from mm.config import ConfigError
 from mm.data.batches import Batches, Carried, Failure, Made
-from mm.data.index import Entry, ShardIndex, expand
-from mm.data.order import Order
-from mm.data.reader import read_captions
+from mm.data.index import Entry
+from mm.data.reader import Reader
+from mm.data.remote import Options, is_remote
+from mm.data.shard_cache import ShardCache
+from mm.data.sidecar import cache_folder
+from mm.data.sources import by_likeness, open_sources
 from mm.types import Batch
 
-_DEPTH = 2  # batches made ahead
+_DEPTH = 2  # batches that a thread makes ahead
+_MOST_AHEAD = 4  # batches that a worker makes ahead: more only uses memory
 _ENOUGH = 200  # samples before the error rate means something
 
 
 class Loader:
     """Iterate for `mm.types.Batch`; every iteration begins at global batch `start`.
 
-    `spec`: shards, as `mm.data.index.expand` reads them. `processors`: input name -> processor, whose `source` says
-    whether it is given the sample's "image" (an RGB PIL image, decoded once and shared: not to be written) or "text".
-    `batch_size` is global; rank `rank` of `world` gets its slice. With `train` the stream is endless and shuffled by
-    (seed, epoch), samples are augmented, and `caption="aliases"` draws among a sample's names. Without, one pass in
-    index order, the last batch short (on the last ranks perhaps of no samples). `workers` 0 prepares in a thread, or,
-    without `ahead`, between two steps: on a CPU a thread beside torch's own holds all of them up for longer than it
-    works.
+    `spec`: shards, as `mm.data.shards.expand` reads them. `processors`: input name -> processor, whose `source` says
+    whether it is given the sample's "image" (decoded once and shared: not to be written) or "text". `batch_size` is
+    global; rank `rank` of `world` gets its slice. With `train` the stream is endless and shuffled by (seed, epoch),
+    samples are augmented, and captions drawn as `caption` says (`mm.data.captions`). Without, one pass in index order,
+    the last batch short (on the last ranks perhaps of no samples). `weights` mixes the parts of `spec` joined by `::`
+    by sample. `buckets` groups like samples into batches: "text" by the caption's bytes, "aspect" by the picture's,
+    with `shapes` (width, height) to crop to. `workers` 0 prepares in a thread, or, without `ahead`, between two steps:
+    on a CPU a thread beside torch's own holds all of them up for longer than it works. `buffer_mb` bounds the batches
+    made ahead in all workers, `cache_mb` small pictures kept, `fetch_gb` the disk that fetched shards take; a remote
+    shard that brings nothing for `stall_seconds` is tried again, and then lost.
 
     `samples`: usable samples an epoch. `batches`: batches a pass. `ledger`: everything that could not be used, so far.
-    Raises ConfigError where nothing is usable, a value cannot work, or more than `max_error_rate` of the samples fail.
+    Raises ConfigError where nothing is usable, a value cannot work, more than `max_error_rate` of the samples fail, or
+    more than `max_consecutive_errors` in a row.
     """
 
     def __init__(
@@ -53,42 +61,69 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         start: int = 0,
-        shuffle_block: int = 4096,
-        caption: Literal["txt", "aliases"] = "txt",
+        shuffle_block: int = 16384,
+        caption: str = "txt",
+        weights: str = "",
+        buckets: Literal["none", "text", "aspect"] = "none",
+        shapes: Sequence[tuple[int, int]] = (),
         max_error_rate: float = 0.05,
-        cache_bytes: int = 256 << 20,
+        max_consecutive_errors: int = 100,
+        buffer_mb: int = 512,
+        cache_mb: int = 256,
+        fetch_gb: float = 20.0,
+        stall_seconds: float = 60.0,
         ahead: bool = True,
     ) -> None:
-        _check(processors, batch_size, workers, rank, world, start, caption, max_error_rate)
-        self.index = ShardIndex(expand(spec), spec=spec)
-        self.workers, self.start, self.train, self.max_error_rate = workers, start, train, max_error_rate
-        self.ahead = ahead
+        _check(processors, batch_size, workers, rank, world, start, max_error_rate)
+        sources = open_sources(spec, caption, weights)
+        self.index, self.captions = sources.index, sources.captions
+        self.workers, self.start, self.train, self.ahead = workers, start, train, ahead
+        self.max_error_rate, self.max_consecutive_errors = max_error_rate, max_consecutive_errors
+        self.buffer_bytes = buffer_mb << 20
         self.samples = len(self.index)
         self.batches = -(-self.samples // batch_size)
         self.ledger: list[Entry] = []
         self._known: set[Entry] = set()
-        self._seen = self._bad = self._found = 0
+        self._seen = self._bad = self._found = self._in_a_row = 0
         self._note(self.index.ledger)
         if self.index.rejected > max_error_rate * self.index.seen:
             raise ConfigError(self._too_many(self.index.rejected, self.index.seen, f"shards {spec!r}"))
+        order = sources.order(seed, shuffle_block) if train else None
+        grouped = (
+            order if order is None or buckets == "none" else by_likeness(order, self.index, buckets, shapes, batch_size)
+        )
+        far = any(map(is_remote, self.index.shards))
+        folder = str(cache_folder() / "shards")
+        reader = Reader(
+            self.index,
+            self.captions,
+            images=any(processor.source == "image" for processor in processors.values()),
+            every=train,
+            cache_bytes=(cache_mb << 20) // max(workers, 1),  # each worker keeps its own
+            store=ShardCache(folder, int(fetch_gb * 1e9), Options(stall=stall_seconds)) if far else None,
+        )
         self._batches = Batches(
             self.index,
+            reader,
             processors,
-            order=Order(self.index.sizes, seed, shuffle_block) if train else None,
+            order=grouped,
             batch_size=batch_size,
             seed=seed,
             rank=rank,
             world=world,
-            aliases=caption == "aliases",
-            cache_bytes=cache_bytes // max(workers, 1),  # each worker keeps its own
+            most_bad_in_a_row=max_consecutive_errors,
+            shapes=shapes if buckets == "aspect" else (),
+            trim=buckets == "text",
         )
 
     def __iter__(self) -> Iterator[Batch]:
         numbers = range(self.start, sys.maxsize if self.train else self.batches)
         for made in self._made(numbers):
             self._found += self._note(made.ledger)
-            self._seen += made.seen
-            self._bad += made.bad
+            self._seen += len(made.bad)
+            self._bad += sum(made.bad)
+            for bad in made.bad:
+                self._in_a_row = self._in_a_row + 1 if bad else 0
             self._judge()
             yield made.batch
 
@@ -96,12 +131,6 @@ class Loader:
         if self.workers:
             return self._in_workers(numbers)
         return _in_thread(self._batches, numbers) if self.ahead else map(self._batches.__getitem__, numbers)
-
-    def captions(self, *, aliases: bool = False) -> tuple[list[str], list[str]]:
-        """Keys and captions of all samples, in index order; with `aliases` each sample's other names follow its own."""
-        keys, captions, ledger = read_captions(self.index, aliases=aliases)
-        self._note(ledger)
-        return keys, captions
 
     def _in_workers(self, numbers: range) -> Iterator[Made]:
         # a forked copy of a process with threads and CUDA may hang: workers start from a clean, small server process
@@ -115,7 +144,7 @@ class Loader:
             collate_fn=_same,
             worker_init_fn=_start_worker,
             multiprocessing_context=context,
-            prefetch_factor=_DEPTH,
+            prefetch_factor=self._depth(),
             generator=torch.Generator(),  # else it draws from the global one, and workers would change the run
         )
         for made in loader:
@@ -123,8 +152,17 @@ class Loader:
                 raise made.error from RuntimeError(f"in a data worker:\n{made.trace}")
             yield made
 
+    def _depth(self) -> int:
+        """Batches that each worker makes ahead: as many as `buffer_mb` holds, one at least."""
+        return min(max(self.buffer_bytes // max(self.workers * self._batches.bytes_of_one(), 1), 1), _MOST_AHEAD)
+
     def _judge(self) -> None:
         """Stops where the samples found unusable are too many of all, or surely will be: three deviations above."""
+        if self._in_a_row > self.max_consecutive_errors:
+            raise ConfigError(
+                f"data: {self._in_a_row} samples in a row cannot be used, over data.max_consecutive_errors = "
+                f"{self.max_consecutive_errors}; {self._last()}"
+            )
         if self._found > self.max_error_rate * self.samples:
             raise ConfigError(self._too_many(self._found, self.samples, "data"))
         expected = self.max_error_rate * self._seen
@@ -132,18 +170,25 @@ class Loader:
             raise ConfigError(self._too_many(self._bad, self._seen, "data"))
 
     def _note(self, entries: list[Entry]) -> int:
-        """Enters what is not there yet, and counts it."""
+        """Enters what is not there yet, and counts the samples of it."""
         new = [entry for entry in dict.fromkeys(entries) if entry not in self._known]
         self._known.update(new)
         self.ledger += new
-        return len(new)
+        return sum(1 if entry.key else self._sizes().get(entry.shard, 0) for entry in new)
+
+    def _sizes(self) -> dict[str, int]:
+        return dict(zip(self.index.shards, self.index.sizes.tolist(), strict=True))
 
     def _too_many(self, bad: int, seen: int, where: str) -> str:
-        entry = self.ledger[-1]
         return (
             f"{where}: {bad} of {seen} samples cannot be used, over data.max_error_rate = {self.max_error_rate:g}; "
-            f"the last, {entry.key or 'a member'} in {entry.shard}: {entry.reason}; mend the shards or raise the limit"
+            f"{self._last()}"
         )
+
+    def _last(self) -> str:
+        entry = self.ledger[-1]
+        what = f"{entry.key} in {entry.shard}" if entry.key else entry.shard
+        return f"the last, {what}: {entry.reason}; mend the shards or raise the limit"
 
 
 def _check(
@@ -153,7 +198,6 @@ def _check(
     rank: int,
     world: int,
     start: int,
-    caption: str,
     max_error_rate: float,
 ) -> None:
     for name, processor in processors.items():
@@ -170,8 +214,6 @@ def _check(
         raise ConfigError(f"data.workers: {workers} must not be negative; 0 decodes in a thread")
     if start < 0:
         raise ConfigError(f"start: batch {start} must not be negative")
-    if caption not in ("txt", "aliases"):
-        raise ConfigError(f"data.caption: {caption!r} must be 'txt' or 'aliases'")
     if not 0 <= max_error_rate <= 1:
         raise ConfigError(f"data.max_error_rate: {max_error_rate} must be from 0 to 1")
 

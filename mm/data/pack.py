@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from mm.config import ConfigError
+from mm.data import sidecar
 
 MANIFEST = "shards.json"  # beside the shards: what they are; marks a folder as ours to write again
 
@@ -58,7 +59,7 @@ class ShardWriter:
         self.samples[split] += 1
 
     def finish(self, about: dict[str, Any]) -> dict[str, Any]:
-        """Moves the shards into place; writes and returns the manifest: `about`, the shards' names, samples a split."""
+        """Moves the shards into place and indexes them; returns the manifest: `about`, their names, samples a split."""
         for split in list(self._open):
             self._close(split)
         manifest = {**about, "samples": dict(self.samples), "shards": sorted(self.shards)}
@@ -66,9 +67,11 @@ class ShardWriter:
         (self._folder / MANIFEST).write_text(text, encoding="utf-8")
         for name in self.old:  # a smaller build must not leave samples of the larger one
             (self.out / name).unlink(missing_ok=True)
+            (self.out / (name + sidecar.SUFFIX)).unlink(missing_ok=True)
         os.replace(self._folder / MANIFEST, self.out / MANIFEST)  # first: a shard that it names is known to be ours
         for name in self.shards:
             os.replace(self._folder / name, self.out / name)
+            sidecar.keep(str(self.out / name), sidecar.scan(str(self.out / name), whole=True))
         return manifest
 
     def __exit__(

@@ -1,43 +1,68 @@
-"""Samples out of shards: reads at known offsets, decoded once where they are small enough to keep."""
+"""Samples out of shards: reads at known offsets, local or fetched; small pictures decoded once and kept."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-from PIL import Image
+import numpy as np
 
-from mm.data import decode
+from mm.data import decode, remote
+from mm.data.captions import Captions, Texts
 from mm.data.index import LARGEST_TEXT, Entry, ShardIndex
+from mm.data.shard_cache import ShardCache
+from mm.data.sidecar import cache_folder
+from mm.data.table import Shard, build
+from mm.data.tar import File, Scan
 
 _OPEN_FILES = 32
 _SMALL = 256 * 256  # pixels: larger pictures are not kept, they would crowd out many
 _OVERHEAD = 1000  # bytes that Python spends on a kept sample beside its pixels
+_DISK = 20_000_000_000  # bytes that fetched shards may take
+_AHEAD = 4  # remote shards fetched before they are needed
+
+
+class ShardLost(ValueError):
+    """A whole shard cannot be read; none of its samples will be tried again."""
 
 
 class Sample(NamedTuple):
-    """One decoded sample. The image is shared by all who ask for it: copy before writing."""
+    """One sample. The picture is shared by all who ask for it."""
 
-    image: Image.Image | None
-    caption: str
-    aliases: tuple[str, ...]
+    image: decode.Picture | None
+    texts: Texts  # its captions
 
 
 class Reader:
     """Reads samples by index number. Picklable; safe to use from several threads; holds few open files.
 
-    Decoded small samples stay in memory up to `cache_bytes`, first come: an epoch visits each sample once, so that
-    replacing old ones by new ones would never find anything.
+    `captions`: where captions are, one for all shards or one each; `every` reads all that a sample has, else the first.
+    Decoded small pictures stay in memory up to `cache_bytes`, first come: an epoch visits each sample once, so that
+    replacing old ones by new ones would never find anything. Remote shards are fetched into `store` whole, once.
     """
 
-    def __init__(self, index: ShardIndex, *, images: bool = True, aliases: bool = False, cache_bytes: int = 256 << 20):
-        self.index, self.images, self.aliases, self.cache_bytes = index, images, aliases, cache_bytes
+    def __init__(
+        self,
+        index: ShardIndex,
+        captions: Captions | Sequence[Captions] = Captions("txt"),  # noqa: B008 (never changed)
+        *,
+        images: bool = True,
+        every: bool = False,
+        cache_bytes: int = 256 << 20,
+        store: ShardCache | None = None,
+    ) -> None:
+        self.index, self.images, self.every, self.cache_bytes = index, images, every, cache_bytes
+        self.captions = [captions] * len(index.shards) if isinstance(captions, Captions) else list(captions)
+        far = any(map(remote.is_remote, index.shards))
+        self.store = store or (ShardCache(str(cache_folder() / "shards"), _DISK) if far else None)
         self._start()
 
     def _start(self) -> None:
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._lost: dict[int, str] = {}
         self._lock = threading.Lock()
         self._kept: dict[int, Sample] = {}
         self._kept_bytes = 0
@@ -58,70 +83,117 @@ class Reader:
         kept = self._kept.get(number)
         if kept is not None:
             return kept
-        picture = decode.image(self.bytes(number, 0)) if self.images else None
-        sample = Sample(picture, self.caption(number), tuple(self.names(number)) if self.aliases else ())
+        texts = self.texts(number)
+        picture = decode.picture(self.bytes(number, "image")) if self.images else None
+        sample = Sample(picture, texts)
         pixels = picture.width * picture.height if picture is not None else 0
-        size = 3 * pixels + len(sample.caption) + _OVERHEAD
-        if pixels <= _SMALL and self._kept_bytes + size <= self.cache_bytes:
-            self._kept[number] = sample
-            self._kept_bytes += size
+        if pixels <= _SMALL:
+            if picture is not None:
+                picture.pixels()
+            size = (picture.nbytes if picture is not None else 0) + _OVERHEAD
+            if self._kept_bytes + size <= self.cache_bytes:
+                self._kept[number] = sample
+                self._kept_bytes += size
         return sample
 
-    def caption(self, number: int) -> str:
-        """Raises ValueError where it is empty or not UTF-8."""
-        return decode.caption(self.bytes(number, 1))
+    def texts(self, number: int) -> Texts:
+        """Captions of a sample. Raises ValueError where it has none that can be used."""
 
-    def names(self, number: int) -> list[str]:
-        """Aliases in the metadata; [] where there is none. Raises ValueError where it is not JSON."""
-        size = self.index.spans[number, 2, 1]
-        if size < 0:
-            return []
-        if size > LARGEST_TEXT:
-            raise ValueError(f"metadata of {size} bytes is over the limit of {LARGEST_TEXT}")
-        return decode.aliases(self.bytes(number, 2))
+        def get(part: str) -> bytes | None:
+            size = self.index.span(number, part)[1]
+            if size > LARGEST_TEXT:
+                raise ValueError(f"{part} of {size} bytes is over the limit of {LARGEST_TEXT}")
+            return self.bytes(number, part) if size >= 0 else None
 
-    def bytes(self, number: int, part: int) -> bytes:
-        """Bytes of a sample's image (0), caption (1) or metadata (2). Raises ValueError where the shard lacks them."""
-        offset, size = map(int, self.index.spans[number, part])
-        shard = int(self.index.shard_of[number])
+        return self.captions[self.index.shard_of(number)].texts(get, every=self.every)
+
+    def bytes(self, number: int, part: str) -> bytes:
+        """Bytes of a sample's "image", "txt", "caption" or "json". Raises ValueError where the shard lacks them, and
+        ShardLost where it cannot be read at all."""
+        offset, size = self.index.span(number, part)
         data = b""
-        try:
-            with self._lock:  # another thread may not close the file between finding and reading it
-                fd = self._open(shard)
+        with self._lock:  # another thread may not close the file between finding and reading it
+            fd = self._open(self.index.shard_of(number))
+            try:
                 while len(data) < size:
                     piece = os.pread(fd, size - len(data), offset + len(data))
                     if not piece:
                         raise ValueError(f"shard ends at byte {offset + len(data)}, inside the sample")
-                    data += piece
-        except OSError as error:
-            raise ValueError(f"shard cannot be read: {error.strerror}") from error
+                    data = data + piece if data else piece
+            except OSError as error:
+                raise ValueError(f"shard cannot be read: {error.strerror}") from error
         return data
+
+    def ahead(self, numbers: np.ndarray[Any, Any]) -> None:
+        """A hint: these samples come next. Remote shards among them are fetched meanwhile."""
+        if self.store is None:
+            return
+        shards = self.index.shards_of(numbers)
+        _, first = np.unique(shards, return_index=True)
+        soon = [int(shards[place]) for place in np.sort(first)[:_AHEAD]]
+        self.store.ahead(
+            [(self.index.shards[s], self._facts(s)) for s in soon if remote.is_remote(self.index.shards[s])]
+        )
+
+    def _facts(self, shard: int) -> remote.Facts:
+        about = self.index.table.shards[shard]
+        return remote.Facts(about.bytes, about.version)
 
     def _open(self, shard: int) -> int:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
+        if shard in self._lost:
+            raise ShardLost(self._lost[shard])
         if len(self._files) >= _OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY)
-        return self._files[shard]
+        name = self.index.shards[shard]
+        try:
+            if self.store is not None and remote.is_remote(name):
+                fd = self.store.open(name, self._facts(shard))
+            else:
+                fd = os.open(name, os.O_RDONLY)
+                self._same(fd, shard)
+        except OSError as error:
+            self._lost[shard] = f"shard cannot be read: {error.strerror or error}"
+            raise ShardLost(self._lost[shard]) from error
+        self._files[shard] = fd
+        return fd
+
+    def _same(self, fd: int, shard: int) -> None:
+        """Raises OSError where an open local shard is not the one that was indexed; a cut one keeps what is whole."""
+        about, status = self.index.table.shards[shard], os.fstat(fd)
+        if (status.st_size, str(status.st_mtime_ns)) == (about.bytes, about.version):
+            return
+        if not self.index.agrees(shard, build(Shard(about.name, status.st_size), Scan(File(fd)))):
+            os.close(fd)
+            raise OSError("it changed since it was indexed")
 
 
-def read_captions(index: ShardIndex, *, aliases: bool = False) -> tuple[list[str], list[str], list[Entry]]:
+def read_captions(
+    index: ShardIndex,
+    captions: Captions | Sequence[Captions] = Captions("txt"),  # noqa: B008 (never changed)
+    *,
+    every: bool = False,
+    numbers: Iterable[int] = (),
+) -> tuple[list[str], list[str], list[Entry]]:
     """Keys and captions of all samples in index order, and ledger entries of those left out as unreadable.
 
-    With `aliases`, every alias follows its sample's caption as one more (key, caption).
+    With `every`, all of a sample's captions follow each other; with `numbers`, only of those samples.
     """
-    reader = Reader(index, images=False, cache_bytes=0)
+    reader = Reader(index, captions, images=False, every=every, cache_bytes=0)
     keys: list[str] = []
-    captions: list[str] = []
+    found: list[str] = []
     ledger: list[Entry] = []
-    for number, key in enumerate(index.keys):
+    for number in numbers or range(len(index)):
+        key = index.key(number)
         try:
-            texts = [reader.caption(number), *(reader.names(number) if aliases else [])]
+            texts = list(dict.fromkeys(text for strings, _ in reader.texts(number) for text in strings))
         except ValueError as error:
-            ledger.append(Entry(index.shards[index.shard_of[number]], key, str(error)))
+            ledger.append(Entry(index.shards[index.shard_of(number)], key, str(error)))
             continue
+        if not every:
+            texts = texts[:1]
         keys += [key] * len(texts)
-        captions += texts
-    return keys, captions, ledger
+        found += texts
+    return keys, found, ledger

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from typing import NamedTuple
+from collections.abc import Generator, Iterator
+from typing import NamedTuple, Protocol
 
 BLOCK = 512
+_RECORD = 20 * BLOCK  # tar and tarfile pad to whole records; some writers stop at the two zero blocks
 _ZERO = bytes(BLOCK)
 _GZIP = b"\x1f\x8b"
 _LARGEST_NAME = 1 << 20  # bytes of a long-name or pax header: more is damage, or an attack
@@ -28,30 +31,72 @@ class Member(NamedTuple):
     problem: str
 
 
-def scan(path: str) -> tuple[list[Member], str]:
-    """Every member of the tar at `path` except folders, in order, and what is wrong with the file as a whole or "".
+class Source(Protocol):
+    """`end` bytes; `read` returns `size` of them at `offset`, fewer at the end."""
 
-    A file that is cut anywhere, at a member's end too, is told by its missing end marker; what lies before the cut
-    is returned. Raises OSError where the file cannot be read at all.
+    end: int
+
+    def read(self, offset: int, size: int) -> bytes: ...
+
+
+class File:
+    """A local file, read anywhere."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self.end = fd, os.fstat(fd).st_size
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._fd, size, offset)
+
+
+class Stream:
+    """Consecutive pieces of `end` bytes in all, each hashed as it comes; read forwards, within what is still held."""
+
+    def __init__(self, pieces: Iterator[bytes], end: int) -> None:
+        self._pieces, self.end = pieces, end
+        self._held, self._start = b"", 0
+        self._sha256 = hashlib.sha256()
+
+    def read(self, offset: int, size: int) -> bytes:
+        assert offset >= self._start, "a stream is read forwards only"
+        while offset + size > self._start + len(self._held) and (piece := next(self._pieces, b"")):
+            self._sha256.update(piece)
+            gone = min(offset - self._start, len(self._held))
+            self._held, self._start = self._held[gone:] + piece, self._start + gone
+        return self._held[offset - self._start : offset - self._start + size]
+
+    def finish(self) -> tuple[int, str]:
+        """Passes over the rest; bytes seen in all, and their SHA-256."""
+        seen = self._start + len(self._held)
+        for piece in self._pieces:
+            self._sha256.update(piece)
+            seen += len(piece)
+        return seen, self._sha256.hexdigest()
+
+
+class Scan:
+    """Iterate for every member of a tar except folders, in order; then `damage` says what is wrong with the file or "".
+
+    A file that is cut anywhere, at a member's end too, is told by its end: two zero blocks, and padding to whole
+    records where there is more. What lies before the cut is yielded, and may be read from `source` until the next.
     """
-    members: list[Member] = []
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        return members, _scan(fd, os.fstat(fd).st_size, members)
-    finally:
-        os.close(fd)
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.damage = source, ""
+
+    def __iter__(self) -> Iterator[Member]:
+        self.damage = yield from _members(self.source)
 
 
-def _scan(fd: int, end: int, members: list[Member]) -> str:
-    position, long_name = 0, b""
+def _members(source: Source) -> Generator[Member, None, str]:
+    position, long_name, end = 0, b"", source.end
     pax: dict[bytes, bytes] = {}
     while True:
-        header = os.pread(fd, BLOCK, position)
+        header = source.read(position, BLOCK)
         if len(header) < BLOCK:
             return f"cut at byte {end}: no end-of-archive marker" if end else "empty file"
         if header == _ZERO:
-            rest = os.pread(fd, 1 << 16, position + BLOCK)
-            return f"data after the end marker at byte {position}" if rest.strip(b"\0") else ""
+            return _after_end(source, position)
         size = _size(header)
         if size is None:
             if position:
@@ -63,14 +108,14 @@ def _scan(fd: int, end: int, members: list[Member]) -> str:
             )
         kind, start = header[156:157], position + BLOCK
         if kind == b"S":
-            start = _after_sparse(fd, header, start)
+            start = _after_sparse(source, header, start)
         if kind in (b"0", b"\0", b"7"):  # of these only, a pax header may hold the true size
             size = _decimal(pax.get(b"size"), size)
         position = start + -(-size // BLOCK) * BLOCK
         if kind in (b"L", b"K", b"x", b"g", b"X"):
             if size > _LARGEST_NAME or start + size > end:
-                return f"header of {size} bytes at byte {start} is cut or too long"
-            data = os.pread(fd, size, start)
+                return f"cut at byte {end}, inside a header" if start + size > end else f"header of {size} bytes"
+            data = source.read(start, size)
             if kind == b"L":
                 long_name = data.rstrip(b"\0")
             elif kind in (b"x", b"X"):
@@ -84,7 +129,19 @@ def _scan(fd: int, end: int, members: list[Member]) -> str:
         name = raw.decode("utf-8", "backslashreplace")
         if start + size > end:
             return f"cut at byte {end}, inside {name}"
-        members.append(Member(name, start, size, "sparse file" if sparse else _problem(raw, name, kind)))
+        yield Member(name, start, size, "sparse file" if sparse else _problem(raw, name, kind))
+
+
+def _after_end(source: Source, position: int) -> str:
+    """What is wrong with a file whose first zero block lies at `position`."""
+    rest = source.read(position + BLOCK, 1 << 16)
+    if rest.strip(b"\0"):
+        return f"data after the end marker at byte {position}"
+    if len(rest) < BLOCK:
+        return f"cut at byte {source.end}, inside the end-of-archive marker"
+    if len(rest) > BLOCK and source.end % _RECORD:
+        return f"cut at byte {source.end}, inside the padding after the last member: no sample is lost"
+    return ""
 
 
 def _problem(raw: bytes, name: str, kind: bytes) -> str:
@@ -105,9 +162,11 @@ def _size(header: bytes) -> int | None:
         expected = int(header[148:156].strip(b" \0") or b"0", 8)
     except ValueError:
         return None
-    counted = header[:148] + b" " * 8 + header[156:]
-    if expected != sum(counted) and expected != sum(byte - 256 * (byte > 127) for byte in counted):
-        return None  # old writers summed signed bytes
+    counted = sum(header) - sum(header[148:156]) + 8 * 32  # its own field counts as spaces
+    if expected != counted:
+        high = sum(byte > 127 for byte in header[:148] + header[156:])
+        if expected != counted - 256 * high:  # old writers summed signed bytes
+            return None
     field = header[124:136]
     if field[0] == 0x80:  # base 256, for 8 GiB and more
         return int.from_bytes(field[1:], "big")
@@ -129,11 +188,11 @@ def _name(header: bytes) -> bytes:
     return name
 
 
-def _after_sparse(fd: int, header: bytes, start: int) -> int:
+def _after_sparse(source: Source, header: bytes, start: int) -> int:
     """Where the data of an old GNU sparse member begins: further maps may follow the header."""
     more = header[482]
     while more:
-        block = os.pread(fd, BLOCK, start)
+        block = source.read(start, BLOCK)
         more, start = (block[504] if len(block) == BLOCK else 0), start + BLOCK
     return start
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from mm.data.index import expand
+from mm.data.shards import expand
 from mm.evaluation.images import grid, png_bytes, write_whole
 from mm.evaluation.inference import Inference
 from mm.evaluation.samples import SampleSet, evenly, read_samples

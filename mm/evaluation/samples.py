@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from mm.config import ConfigError
-from mm.data.index import SPLITS, ShardIndex, expand
+from mm.data.captions import Captions
+from mm.data.index import ShardIndex
 from mm.data.reader import Reader
+from mm.data.shards import SPLITS, expand
 
 if TYPE_CHECKING:
     from mm.adapters.base import Processor
@@ -45,12 +47,16 @@ def left_out_names(files: list[str]) -> list[str]:
     return names
 
 
-def read_samples(files: list[str], processor: Processor, *, progress: bool = False) -> SampleSet:
-    """Every usable sample of some shard files. Raises ConfigError where there is none."""
+def read_samples(files: list[str], processor: Processor, *, caption: str = "txt", progress: bool = False) -> SampleSet:
+    """Every usable sample of some shard files, each with the first caption that `caption` names.
+
+    Raises ConfigError where there is none.
+    """
     from tqdm import tqdm
 
-    index = ShardIndex(files)
-    reader = Reader(index, cache_bytes=0)
+    places = Captions(caption)
+    index = ShardIndex(files, parts=places.parts)
+    reader = Reader(index, places, cache_bytes=0)
     keys, captions, shards, items = [], [], [], []
     quiet = None if progress else True  # None: shown on a terminal only
     for number, key in enumerate(tqdm(index.keys, desc="reading pictures", disable=quiet, leave=False)):
@@ -60,8 +66,8 @@ def read_samples(files: list[str], processor: Processor, *, progress: bool = Fal
         except ValueError:  # counted, and told in the result
             continue
         keys.append(key)
-        captions.append(sample.caption)
-        shards.append(os.path.abspath(index.shards[index.shard_of[number]]))
+        captions.append(sample.texts[0][0][0])
+        shards.append(os.path.abspath(index.shards[index.shard_of(number)]))
     if not items:
         raise ConfigError(f"{files[0]}: none of {len(index)} samples can be decoded; check the shards")
     return SampleSet(keys, captions, processor.collate(items)[0], shards, len(index) - len(items))

@@ -41,17 +41,21 @@ class Denoiser(nn.Module):
         )
         self.final_modulation = nn.Linear(width, 2 * width)
         self.patch_out = nn.Linear(width, patch_width)
-        rows, columns = shape[1] // config.patch, shape[2] // config.patch
-        cos, sin = rotary_angles(grid_positions(rows, columns), width // config.heads)
+        cos, sin = self._angles(shape[1], shape[2])
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    def _angles(self, height: int, width: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        grid = grid_positions(height // self.config.patch, width // self.config.patch).to(device)
+        return rotary_angles(grid, self.width // self.config.heads)
 
     def forward(
         self, x_t: Tensor, t: Tensor, condition: Tokens, pooled: Tensor, tap: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x_t `[B, C, H, W]`, t `[B]` in [0, 1], condition tokens `[Bc, L, D_text]`, pooled `[Bc, E_all]`.
 
-        B may be a multiple of Bc: sample i then reads condition i // (B / Bc). With `tap`, the image tokens
+        B may be a multiple of Bc: sample i then reads condition i // (B / Bc). H and W may be any multiples of the
+        patch. With `tap`, the image tokens
         `[B, N, D]` after that many blocks are returned too.
         """
         copies = len(x_t) // len(pooled)
@@ -65,13 +69,16 @@ class Denoiser(nn.Module):
         if mask is None:
             mask = torch.ones(condition.x.shape[:2], dtype=torch.bool, device=x.device)
         mask = F.pad(mask, (x.shape[1], 0), value=True).repeat_interleave(copies, 0)  # [B, N + L]
+        rotary = (self.cos, self.sin)
+        if x_t.shape[2:] != self.shape[1:]:
+            rotary = self._angles(x_t.shape[2], x_t.shape[3], x.device)
         tapped = x
         for index, block in enumerate(self.blocks):
-            x, context = block(x, context, mask, vector, (self.cos, self.sin))
+            x, context = block(x, context, mask, vector, rotary)
             if index + 1 == tap:
                 tapped = x
         shift, scale = self.final_modulation(vector).chunk(2, dim=-1)
-        out = unpatchify(self.patch_out(adaln_modulate(x, shift, scale)), self.config.patch, self.shape)
+        out = unpatchify(self.patch_out(adaln_modulate(x, shift, scale)), self.config.patch, (*x_t.shape[1:],))
         return out if tap is None else (out, tapped)
 
 

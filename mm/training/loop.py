@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from mm.config import TrainConfig
-from mm.data.index import ShardIndex, expand
+from mm.data.buckets import aspect_shapes
 from mm.data.loader import Loader
 from mm.data.order import order_hash
-from mm.data.reader import read_captions
+from mm.data.sources import check, corpus
 from mm.distributed.parallelize import autocast, compile_blocks, pick_device
 from mm.models.export import save_export
 from mm.objectives.step import TrainStep, build_step
@@ -146,7 +146,7 @@ def run(
     """
     started = time.perf_counter()
     folder = Path(config.run.dir)
-    expand(config.data.train)  # shards that are not there are refused before the folder is made
+    check(config.data.train, config.data.caption, config.data.weights)  # refused before the folder is made
     made = callbacks(config) if callbacks else ()
     with run_folder.locked(folder), Stop().listening() as stop:
         saved = run_folder.saved_config(folder)
@@ -174,7 +174,7 @@ def _prepare(config: TrainConfig, callbacks: Sequence[Callback]) -> Trainer:
     if run_folder.saved_config(folder) is not None:
         run_folder.claim(folder, config)  # refuse another run's folder before anything is built
     device = pick_device(config.parallel)
-    tokenizer = run_folder.tokenizer_of(folder, config, lambda: _captions(data.train))
+    tokenizer = run_folder.tokenizer_of(folder, config, lambda: corpus(data.train, data.caption))
     torch.manual_seed(config.run.seed)
     step_module = build_step(config, tokenizer).to(device)
     loader = Loader(
@@ -186,7 +186,15 @@ def _prepare(config: TrainConfig, callbacks: Sequence[Callback]) -> Trainer:
         workers=data.workers,
         shuffle_block=data.shuffle_block,
         caption=data.caption,
+        weights=data.weights,
+        buckets=data.buckets,
+        shapes=_shapes(config) if data.buckets == "aspect" else (),
         max_error_rate=data.max_error_rate,
+        max_consecutive_errors=data.max_consecutive_errors,
+        buffer_mb=data.buffer_mb,
+        cache_mb=data.cache_mb,
+        fetch_gb=data.fetch_gb,
+        stall_seconds=data.stall_seconds,
         ahead=device.type != "cpu",
     )
     trainer = Trainer(config, step_module, loader, device, callbacks)
@@ -203,9 +211,10 @@ def _prepare(config: TrainConfig, callbacks: Sequence[Callback]) -> Trainer:
     return trainer
 
 
-def _captions(spec: str) -> list[str]:
-    """What the tokenizer is fitted to: names and aliases of the training samples."""
-    return read_captions(ShardIndex(expand(spec), spec=spec), aliases=True)[1]
+def _shapes(config: TrainConfig) -> list[tuple[int, int]]:
+    """The picture shapes of aspect buckets: sides that both the vision encoder and the denoiser can cut in patches."""
+    image, denoiser = config.model.image, config.model.denoiser
+    return aspect_shapes(image.size, math.lcm(image.patch, denoiser.patch if denoiser else 1), config.data.shapes)
 
 
 def _loop(trainer: Trainer, stop: Stop) -> None:

@@ -211,7 +211,7 @@ def test_validate_accepts(base: TrainConfig, argv: str) -> None:
     [
         ("data", "batch_size", "64", "data.batch_size = '64': must be an int"),
         ("data", "batch_size", True, "data.batch_size = True: must be an int"),
-        ("data", "caption", "names", "data.caption = 'names': must be one of txt, aliases"),
+        ("data", "buckets", "length", "data.buckets = 'length': must be one of none, text, aspect"),
         ("optim", "betas", (0.9,), "optim.betas = (0.9,): must be 2 floats"),
         ("optim", "lr", None, "optim.lr = None"),
         ("objectives", "align", True, "objectives.align = True: must be AlignConfig(...) or None"),

@@ -89,17 +89,3 @@ def test_damaged_images_are_value_errors() -> None:
                 decode.image(data[:cut])
     with pytest.raises(ValueError, match=r"not a JPEG, PNG or WebP"):
         decode.image(encoded(noise, "GIF"))
-
-
-def test_captions_are_utf8_and_not_empty() -> None:
-    assert decode.caption("\ufeff  größe\n".encode()) == "größe"
-    for data in (b"", b" \n", b"\xff\xfe"):
-        with pytest.raises(ValueError, match=r"caption"):
-            decode.caption(data)
-
-
-def test_aliases_ignore_what_is_not_a_name() -> None:
-    assert decode.aliases(b'{"aliases": ["a ", "", 3, "b"]}') == ["a", "b"]
-    assert decode.aliases(b"[]") == decode.aliases(b'{"aliases": "a"}') == []
-    with pytest.raises(ValueError, match=r"not JSON"):
-        decode.aliases(b"{")

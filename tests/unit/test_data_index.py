@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from mm.config import ConfigError
-from mm.data.index import ShardIndex, expand
+from mm.data.index import ShardIndex
 from mm.data.reader import Reader, read_captions
+from mm.data.shards import expand
 
 
 def png(color: str = "red", size: int = 8) -> bytes:
@@ -51,7 +52,7 @@ def test_specs_that_match_nothing_say_what_was_seen(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"is empty"):
         expand(str(tmp_path / "empty"))
-    for spec in ("", "pipe:cat x.tar", "https://host/x.tar", f"{tmp_path}/a-000.tar::"):
+    for spec in ("", "pipe:cat x.tar", "ftp://host/x.tar", f"{tmp_path}/a-000.tar::"):
         with pytest.raises(ConfigError):
             expand(spec)
     with pytest.raises(ConfigError, match=r"more than once"):
@@ -76,8 +77,8 @@ def test_index_finds_the_bytes_that_tarfile_finds(tmp_path: Path, form: int) -> 
     reader = Reader(index)
     contents = dict(members)
     for number, key in enumerate(index.keys):
-        assert reader.bytes(number, 0) == contents[f"{key}.png"]
-        assert reader.bytes(number, 1) == contents[f"{key}.txt"]
+        assert reader.bytes(number, "image") == contents[f"{key}.png"]
+        assert reader.bytes(number, "txt") == contents[f"{key}.txt"]
 
 
 def test_interleaved_and_repeated_members_are_put_together(tmp_path: Path) -> None:

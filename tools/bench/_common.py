@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: timing in alternation, and one JSON object on the last line."""
+"""What benchmark scripts share: timing in alternation, peers in folders of their own, one JSON object at the end."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+OPEN_CLIP = ("open_clip-3.3.0", "open_clip_torch[training]==3.3.0", "webdataset==0.2.86")  # the newest for its trainer
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
@@ -40,12 +43,15 @@ def report(
     mark: float,
     better: str,
     packages: Sequence[str],
+    args: argparse.Namespace | None = None,
     **more: Any,
 ) -> None:
-    """Print medians and their ratio; with --json, one JSON object on the last line."""
-    parser = argparse.ArgumentParser(description=name)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    args = parser.parse_args()
+    """Print medians and their ratio; with --json, one JSON object on the last line.
+
+    `args`: what `arguments` gave, where the script has read the command line itself.
+    """
+    if args is None:
+        args = arguments(name)
     a, b = median(ours), median(peer)
     ratio = b / a if better == "lower" else a / b
     print(f"{name}: {a:.4g} against {b:.4g} {unit}: {ratio:.2f} times better (mark {mark}, {len(ours)} rounds)")
@@ -60,13 +66,29 @@ def report(
             "better": better,
             "rounds": len(ours),
             "spread": {"ours": [min(ours), max(ours)], "peer": [min(peer), max(peer)]},
-            "commit": commit(),
-            "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
-            "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-            "date": datetime.date.today().isoformat(),
+            **circumstances(packages),
             **more,
         }
         print(json.dumps(result))
+
+
+def arguments(description: str, **numbers: int) -> argparse.Namespace:
+    """The command line: --json, and a whole number for each of `numbers`, with its default."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    return parser.parse_args()
+
+
+def circumstances(packages: Sequence[str]) -> dict[str, Any]:
+    """Commit, versions, machine and date of a measurement."""
+    return {
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def commit() -> str:
@@ -78,3 +100,35 @@ def commit() -> str:
 def python(*arguments: str) -> None:
     """A fresh interpreter, its output thrown away; raises where it fails."""
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+
+
+def cache_folder(*names: str) -> Path:
+    """A folder, which may not be there yet, in the user's cache: what is made once and kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mm", *names)
+
+
+def peer_python(name: str, *requirements: str) -> str:
+    """A Python that has `requirements` in an environment of its own and, behind them, the packages of the running one.
+
+    So a peer gets the versions that it asks for, and torch is not copied. Installed by pip where it is not there yet;
+    raises RuntimeError with the last of what pip said where that fails.
+    """
+    folder, shared = cache_folder("peers", name), sysconfig.get_path("purelib")
+    interpreter, stamp = folder / "bin" / "python", folder / "installed.txt"
+    wanted = "\n".join([shared, *requirements])
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        _run(sys.executable, "-m", "venv", "--without-pip", "--clear", str(folder))
+        own = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
+        Path(own, "shared.pth").write_text(shared + "\n")
+        pip = (sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--quiet")
+        _run(*pip, "--no-deps", "--ignore-installed", *requirements)  # even where the running one has that version
+        _run(*pip, *requirements)
+        stamp.write_text(wanted)
+    return str(interpreter)
+
+
+def _run(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
+    if result.returncode:
+        last = " ".join(result.stderr.split())[-600:]
+        raise RuntimeError(f"{' '.join(command[1:])} failed: {last}")
