@@ -102,7 +102,7 @@ def stats(argv: Sequence[str]) -> int:
     if args.out and not args.out.lower().endswith(".png"):
         raise UsageError(f"--out {args.out}: the picture is a PNG file; end its name in .png")
     from mm.data.stats import stats as count
-    from mm.data.stats import table
+    from mm.data.stats_table import table
 
     found = count(args.shards, caption=args.caption)
     print(json.dumps(found) if args.json else table(found))

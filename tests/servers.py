@@ -46,7 +46,7 @@ class HttpServer(ThreadingHTTPServer):
     """Serves a folder: files with ETag, Last-Modified and ranges, folders as pages of links.
 
     `url` has no slash at its end; `faults` are by path ("/a.tar") and may be changed at any time; `log` holds requests
-    in the order in which they ended.
+    in the order of the answers.
     """
 
     daemon_threads = True
@@ -104,13 +104,13 @@ class _Handler(SimpleHTTPRequestHandler):
             self.server.stopped.wait(60)
             self.close_connection = True
         elif fault.status or not path.exists():
+            self._log(fault.status or 404, 0, 0)
             self.send_response(fault.status or 404)
             self.send_header("Content-Length", "0")
             self.end_headers()
-            self._log(fault.status or 404, 0, 0)
         elif path.is_dir():
-            super().do_HEAD() if self.command == "HEAD" else super().do_GET()
             self._log(200, 0, 0)
+            super().do_HEAD() if self.command == "HEAD" else super().do_GET()
         else:
             self._file(path, fault)
 

@@ -20,7 +20,7 @@ from mm.data.buckets import Buckets
 from mm.data.index import Entry, ShardIndex
 from mm.data.mixture import Mixture
 from mm.data.order import Order, sample_seed
-from mm.data.reader import Reader, Sample, ShardLost
+from mm.data.reader import Reader, Sample, SampleLost, ShardLost
 from mm.types import Batch
 
 _MOST_LOST_IN_A_ROW = 4  # shards: then the store is gone rather than a shard
@@ -152,7 +152,9 @@ class Batches(Dataset[Made]):
                 candidate, lost = self.index.after(candidate), lost + 1
             except ValueError as error:
                 ledger.append(Entry(shard, key, str(error)))
-                candidate, tries = (candidate + 1) % len(self.index), tries + 1
+                gone = isinstance(error, SampleLost)  # with all that follow it in this shard
+                candidate = self.index.after(candidate) if gone else (candidate + 1) % len(self.index)
+                tries += 1
             if self.order is None:
                 return None
             if lost >= min(_MOST_LOST_IN_A_ROW, int(np.count_nonzero(self.index.sizes))):

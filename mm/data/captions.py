@@ -106,6 +106,10 @@ def _field(data: bytes, fields: tuple[str, ...]) -> list[str]:
     strings = [text.strip() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
     if not any(strings):
         raise ValueError(f"metadata has no text in {'.'.join(fields)!r}")
+    try:
+        "".join(strings).encode()
+    except UnicodeEncodeError as error:  # JSON can say half a surrogate pair, which no tokenizer takes
+        raise ValueError(f"metadata's {'.'.join(fields)!r} is not Unicode text: {error.reason}") from error
     return [text for text in strings if text]
 
 

@@ -52,7 +52,7 @@ def open_table(shards: Sequence[str], *, anew: bool = False) -> Table:
             tables.append(one)
             bar.update()
     whole = table.join(tables)
-    if len(shards) >= _MANY:
+    if len(shards) >= _MANY and not any(about.unreadable for about in whole.shards):  # it may be readable next time
         _keep(whole, kept)
         if os.path.exists(kept):
             return table.load(kept)
@@ -76,7 +76,7 @@ def _one(shard: str, stamp: tuple[int, str] | OSError, anew: bool) -> Table:
         old = sidecar.find(shard)
         if isinstance(stamp, OSError):
             raise stamp
-        if old is not None and (old.shards[0].bytes, old.shards[0].version) == stamp:
+        if old is not None and sidecar.is_same(old.shards[0], stamp):
             return old
         if remote.is_remote(shard):
             if old is not None and not anew:
@@ -218,26 +218,33 @@ class ShardIndex:
         ends = np.cumsum(self.sizes)
         return int(ends[np.searchsorted(ends, number, side="right")]) % len(self)
 
-    def agrees(self, shard: int, now: Table) -> bool:
-        """Whether what a shard holds now is what was indexed, or the beginning of it where it was cut since."""
-        rows = len(now) - bool(now.shards[0].damage)  # a cut may have gone through the last
-        first = int(self._starts[shard])
-        if rows > self._starts[shard + 1] - first:
-            return False
-        columns, base = self.table.columns, int(self._key_starts[shard])
-        bytes_ = int(now.columns["key_ends"][rows - 1]) if rows > 0 else 0
+    def still(self, shard: int, now: Table) -> int | None:
+        """How many samples of a shard, from its first on, lie where they were indexed; None where it is another one.
+
+        All of them, unless it is damaged now: then those before the damage.
+        """
+        indexed = int(self._starts[shard + 1] - self._starts[shard])
+        if not now.shards[0].damage:
+            return indexed if len(now) == indexed and self._alike(shard, now, indexed) else None
+        counts = (len(now), max(len(now) - 1, 0))  # the damage may have gone through the last
+        return next((rows for rows in counts if rows <= indexed and self._alike(shard, now, rows)), None)
+
+    def place(self, number: int) -> int:
+        """Which of its shard's samples, from 0, sample `number` is."""
+        return self.row(number) - int(self._starts[self.shard_of(number)])
+
+    def _alike(self, shard: int, now: Table, rows: int) -> bool:
+        """Whether the first `rows` samples of a shard and of `now` are the same, at the same places."""
+        first, columns, base = int(self._starts[shard]), self.table.columns, int(self._key_starts[shard])
+        bytes_ = int(now.columns["key_ends"][rows - 1]) if rows else 0
         pairs = [(columns["keys"][base : base + bytes_], now.columns["keys"][:bytes_])]
         for name in ("key_ends", *(f"{part}.{what}" for part in PARTS for what in ("block", "size"))):
             then, there = columns.get(name), now.columns.get(name)
             if then is None and there is None:
                 continue
             absent = np.full(rows, NONE if name.endswith(".size") else 0, np.uint32)
-            pairs.append(
-                (
-                    absent if then is None else then[first : first + rows],
-                    absent if there is None else there[:rows],
-                )
-            )
+            one, other = absent if then is None else then[first : first + rows], absent if there is None else there
+            pairs.append((one, other[:rows]))
         return all(np.array_equal(one, other) for one, other in pairs)
 
     def _usable(self) -> NDArray[np.bool_]:
@@ -273,8 +280,8 @@ class ShardIndex:
         for row in (first + np.flatnonzero(~usable[first:last])).tolist():
             self.rejected += 1
             self.ledger.append(Entry(name, self._key(row, place), self._lacks(row, self._parts[place])))
-        if about.damage:
-            self.ledger.append(Entry(name, "", about.damage))
+        if about.damage or not about.rows:
+            self.ledger.append(Entry(name, "", about.damage or "holds no sample"))
         for key in about.lost:
             self.ledger.append(Entry(name, key, f"lost: {about.damage}"))
 
@@ -293,9 +300,11 @@ class ShardIndex:
             first = f"; {self.ledger[0].shard!r}: {self.ledger[0].reason}" if self.ledger else ""
             return f"shards {spec!r}: no sample in {len(self.shards)} shard(s){first}"
         seen = ", ".join(sorted({e for about in self.table.shards for e in about.extensions})[:12])
+        refused = next((f"; {entry.shard!r}: {entry.reason}" for entry in self.ledger if not entry.key), "")
         return (
             f"shards {spec!r}: none of {self.seen} samples has an image ({', '.join(IMAGES)}) and a caption "
             f"({', '.join(dict.fromkeys(p for parts in self._parts for p in parts))}); member extensions seen: {seen}"
+            f"{refused}"
         )
 
 

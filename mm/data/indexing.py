@@ -88,8 +88,8 @@ def _index_one(shard: str) -> Report:
     except OSError as error:
         return Report(shard, 0, 0, f"cannot be indexed: {error.strerror or error}", failed=True)
     about = new.shards[0]
-    problem = about.damage + (f"; {len(about.lost)} samples lost{_some(about.lost)}" if about.lost else "")
-    return Report(shard, about.bytes, about.rows, problem, "", len(about.lost), new is not old)
+    problem = _problem(about.damage, about.lost, about.partial)
+    return Report(shard, about.bytes, about.rows, problem, "", len(about.lost) + len(about.partial), new is not old)
 
 
 def _verify_one(shard: str) -> Report:
@@ -102,23 +102,28 @@ def _verify_one(shard: str) -> Report:
         return Report(shard, 0, 0, f"cannot be read: {error.strerror or error}", "", rows, failed=True)
     now = new.shards[0]
     if old is None or old.shards[0].sha256 == now.sha256:
-        known = sidecar.lost(shard, new, None) if old is None else old.shards[0].lost
-        problem = now.damage + (f"; {len(known)} samples lost{_some(known)}" if known else "")
+        known = sidecar.missing(shard, new, None) if old is None else (old.shards[0].lost, old.shards[0].partial)
         note = "not indexed: only their structure was checked" if old is None else ""
-        return Report(shard, now.bytes, now.rows, problem, note, len(known))
+        return Report(shard, now.bytes, now.rows, _problem(now.damage, *known), note, sum(map(len, known)))
     gone, damaged, added = _difference(old, new)
-    parts = [now.damage or "changed since it was indexed"]
-    for names, what in ((gone, "lost"), (damaged, "damaged"), (added, "added")):
+    problem = _problem(now.damage or "changed since it was indexed", gone, damaged, added)
+    return Report(shard, now.bytes, now.rows, problem, "", len(gone) + len(damaged))
+
+
+def _problem(what: str, lost: Sequence[str], damaged: Sequence[str], added: Sequence[str] = ()) -> str:
+    parts = [what] if what else []
+    for names, how in ((lost, "lost"), (damaged, "damaged"), (added, "added")):
         if names:
-            parts.append(f"{len(names)} samples {what}{_some(names)}")
-    return Report(shard, now.bytes, now.rows, "; ".join(parts), "", len(gone) + len(damaged))
+            parts.append(f"{len(names)} samples {how}{_some(names)}")
+    return "; ".join(parts)
 
 
 def _difference(old: Table, new: Table) -> tuple[list[str], list[str], list[str]]:
     """Keys that are gone, whose image or sizes differ, and that are new."""
     before, after = _prints(old), _prints(new)
     gone = [key for key in before if key not in after] + [key for key in old.shards[0].lost if key not in after]
-    damaged = [key for key, value in before.items() if key in after and after[key] != value]
+    partial = old.shards[0].partial
+    damaged = [key for key, value in before.items() if key in after and (after[key] != value or key in partial)]
     return gone, damaged, [key for key in after if key not in before]
 
 

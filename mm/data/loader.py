@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
-import queue
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
-
-import torch
-from torch.utils.data import DataLoader
+from typing import Literal
 
 from mm.adapters.base import Processor
 from mm.config import ConfigError
-from mm.data.batches import Batches, Carried, Failure, Made
+from mm.data.background import in_thread, in_workers
+from mm.data.batches import Batches, Made
 from mm.data.index import Entry
 from mm.data.reader import Reader
 from mm.data.remote import Options, is_remote
@@ -25,7 +18,6 @@ from mm.data.sidecar import cache_folder
 from mm.data.sources import by_likeness, open_sources
 from mm.types import Batch
 
-_DEPTH = 2  # batches that a thread makes ahead
 _MOST_AHEAD = 4  # batches that a worker makes ahead: more only uses memory
 _ENOUGH = 200  # samples before the error rate means something
 
@@ -129,28 +121,8 @@ class Loader:
 
     def _made(self, numbers: range) -> Iterator[Made]:
         if self.workers:
-            return self._in_workers(numbers)
-        return _in_thread(self._batches, numbers) if self.ahead else map(self._batches.__getitem__, numbers)
-
-    def _in_workers(self, numbers: range) -> Iterator[Made]:
-        # a forked copy of a process with threads and CUDA may hang: workers start from a clean, small server process
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mm.data.batches"])
-        loader: DataLoader[Made | Failure] = DataLoader(
-            Carried(self._batches),
-            batch_size=None,  # a worker makes whole batches
-            sampler=numbers,
-            num_workers=self.workers,
-            collate_fn=_same,
-            worker_init_fn=_start_worker,
-            multiprocessing_context=context,
-            prefetch_factor=self._depth(),
-            generator=torch.Generator(),  # else it draws from the global one, and workers would change the run
-        )
-        for made in loader:
-            if isinstance(made, Failure):
-                raise made.error from RuntimeError(f"in a data worker:\n{made.trace}")
-            yield made
+            return in_workers(self._batches, numbers, self.workers, self._depth())
+        return in_thread(self._batches, numbers) if self.ahead else map(self._batches.__getitem__, numbers)
 
     def _depth(self) -> int:
         """Batches that each worker makes ahead: as many as `buffer_mb` holds, one at least."""
@@ -216,61 +188,3 @@ def _check(
         raise ConfigError(f"start: batch {start} must not be negative")
     if not 0 <= max_error_rate <= 1:
         raise ConfigError(f"data.max_error_rate: {max_error_rate} must be from 0 to 1")
-
-
-def _in_thread(batches: Batches, numbers: range) -> Iterator[Made]:
-    """Batches made ahead in a thread, which ends when this generator is closed; its errors are raised here."""
-    made: queue.Queue[Made | BaseException | None] = queue.Queue(_DEPTH)
-    stop = threading.Event()
-
-    def put(item: Made | BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return made.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for number in numbers:
-                if stop.is_set():
-                    return
-                put(batches[number])
-            put(None)
-        except BaseException as error:  # carried over to the consumer, which raises it
-            put(error)
-
-    thread = threading.Thread(target=work, name="mm-data", daemon=True)
-
-    def close() -> None:
-        stop.set()
-        thread.join(timeout=10)
-
-    atexit.register(close)  # a thread inside torch while the interpreter is taken down aborts the process
-    thread.start()
-    try:
-        while True:
-            try:
-                item = made.get(timeout=5)
-            except queue.Empty:
-                if not thread.is_alive() and made.empty():
-                    raise RuntimeError("the data thread ended without a word") from None
-                continue
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        close()
-        atexit.unregister(close)
-
-
-def _same(made: Any) -> Any:  # a lambda would not pickle
-    return made
-
-
-def _start_worker(number: int) -> None:
-    """Ctrl-C and Slurm's warning reach the whole process group; the main process decides, workers go on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

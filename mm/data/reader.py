@@ -14,11 +14,12 @@ from mm.data import decode, remote
 from mm.data.captions import Captions, Texts
 from mm.data.index import LARGEST_TEXT, Entry, ShardIndex
 from mm.data.shard_cache import ShardCache
-from mm.data.sidecar import cache_folder
+from mm.data.sidecar import LOCAL, cache_folder, is_same
 from mm.data.table import Shard, build
-from mm.data.tar import File, Scan
+from mm.data.tar import File, Scan, open_file
 
 _OPEN_FILES = 32
+_LOOKS = 3  # at a shard that changes while it is read
 _SMALL = 256 * 256  # pixels: larger pictures are not kept, they would crowd out many
 _OVERHEAD = 1000  # bytes that Python spends on a kept sample beside its pixels
 _DISK = 20_000_000_000  # bytes that fetched shards may take
@@ -27,6 +28,19 @@ _AHEAD = 4  # remote shards fetched before they are needed
 
 class ShardLost(ValueError):
     """A whole shard cannot be read; none of its samples will be tried again."""
+
+
+class SampleLost(ValueError):
+    """A sample is no longer in its shard, and neither are those after it."""
+
+
+class _Opened(NamedTuple):
+    """A shard that is open, as it was then."""
+
+    fd: int
+    state: tuple[int, int] | None  # None: a copy of our own, which nobody else writes to
+    rows: int | None = None  # the samples that it still has, where it was damaged since it was indexed
+    damage: str = ""
 
 
 class Sample(NamedTuple):
@@ -61,7 +75,7 @@ class Reader:
         self._start()
 
     def _start(self) -> None:
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files: OrderedDict[int, _Opened] = OrderedDict()
         self._lost: dict[int, str] = {}
         self._lock = threading.Lock()
         self._kept: dict[int, Sample] = {}
@@ -75,8 +89,8 @@ class Reader:
         self._start()
 
     def __del__(self) -> None:
-        for fd in getattr(self, "_files", {}).values():
-            os.close(fd)
+        for file in getattr(self, "_files", {}).values():
+            os.close(file.fd)
 
     def read(self, number: int) -> Sample:
         """Sample `number` of the index. Raises ValueError where its image or caption cannot be used."""
@@ -111,18 +125,23 @@ class Reader:
         """Bytes of a sample's "image", "txt", "caption" or "json". Raises ValueError where the shard lacks them, and
         ShardLost where it cannot be read at all."""
         offset, size = self.index.span(number, part)
-        data = b""
+        shard = self.index.shard_of(number)
         with self._lock:  # another thread may not close the file between finding and reading it
-            fd = self._open(self.index.shard_of(number))
-            try:
-                while len(data) < size:
-                    piece = os.pread(fd, size - len(data), offset + len(data))
-                    if not piece:
-                        raise ValueError(f"shard ends at byte {offset + len(data)}, inside the sample")
-                    data = data + piece if data else piece
-            except OSError as error:
-                raise ValueError(f"shard cannot be read: {error.strerror}") from error
-        return data
+            for _ in range(_LOOKS):
+                file = self._open(shard)
+                if file.rows is not None and self.index.place(number) >= file.rows:
+                    raise SampleLost(f"lost since it was indexed: {file.damage}")
+                try:
+                    data = _read(file.fd, offset, size)
+                except OSError as error:
+                    raise ValueError(f"shard cannot be read: {error.strerror}") from error
+                if file.state is not None and file.state != _state(file.fd):  # what was read may be anything
+                    os.close(self._files.pop(shard).fd)
+                elif len(data) < size:
+                    raise ValueError(f"shard ends at byte {offset + len(data)}, inside the sample")
+                else:
+                    return data
+        raise ValueError("shard is written to while it is read")
 
     def ahead(self, numbers: np.ndarray[Any, Any]) -> None:
         """A hint: these samples come next. Remote shards among them are fetched meanwhile."""
@@ -135,39 +154,63 @@ class Reader:
             [(self.index.shards[s], self._facts(s)) for s in soon if remote.is_remote(self.index.shards[s])]
         )
 
-    def _facts(self, shard: int) -> remote.Facts:
+    def _facts(self, shard: int) -> remote.Facts | None:
+        """What a remote shard was when it was indexed; None where it was a local file then."""
         about = self.index.table.shards[shard]
-        return remote.Facts(about.bytes, about.version)
+        return None if about.version.startswith(LOCAL) else remote.Facts(about.bytes, about.version)
 
-    def _open(self, shard: int) -> int:
+    def _open(self, shard: int) -> _Opened:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
         if shard in self._lost:
             raise ShardLost(self._lost[shard])
         if len(self._files) >= _OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
+            os.close(self._files.popitem(last=False)[1].fd)
         name = self.index.shards[shard]
         try:
             if self.store is not None and remote.is_remote(name):
-                fd = self.store.open(name, self._facts(shard))
+                file = _Opened(self.store.open(name, self._facts(shard)), None)
+                if os.fstat(file.fd).st_size != self.index.table.shards[shard].bytes:
+                    os.close(file.fd)
+                    raise OSError("it changed since it was indexed")
             else:
-                fd = os.open(name, os.O_RDONLY)
-                self._same(fd, shard)
+                file = self._look(open_file(name), shard)
         except OSError as error:
             self._lost[shard] = f"shard cannot be read: {error.strerror or error}"
             raise ShardLost(self._lost[shard]) from error
-        self._files[shard] = fd
-        return fd
+        self._files[shard] = file
+        return file
 
-    def _same(self, fd: int, shard: int) -> None:
-        """Raises OSError where an open local shard is not the one that was indexed; a cut one keeps what is whole."""
-        about, status = self.index.table.shards[shard], os.fstat(fd)
-        if (status.st_size, str(status.st_mtime_ns)) == (about.bytes, about.version):
-            return
-        if not self.index.agrees(shard, build(Shard(about.name, status.st_size), Scan(File(fd)))):
+    def _look(self, fd: int, shard: int) -> _Opened:
+        """What a local shard holds now. Raises OSError, and closes it, where it is not the one that was indexed."""
+        about, (size, changed) = self.index.table.shards[shard], _state(fd)
+        if is_same(about, (size, f"{LOCAL}{changed}")):
+            return _Opened(fd, (size, changed))
+        try:
+            now = build(Shard(about.name, size), Scan(File(fd)))
+            rows = self.index.still(shard, now)
+            if rows is None:
+                raise OSError("it changed since it was indexed")
+        except BaseException:
             os.close(fd)
-            raise OSError("it changed since it was indexed")
+            raise
+        damage = now.shards[0].damage
+        return _Opened(fd, (size, changed), rows if damage else None, damage)
+
+
+def _state(fd: int) -> tuple[int, int]:
+    """What differs once a file was written to."""
+    status = os.fstat(fd)
+    return status.st_size, status.st_mtime_ns
+
+
+def _read(fd: int, offset: int, size: int) -> bytes:
+    """Bytes of a file, fewer where it ends before."""
+    data = b""
+    while len(data) < size and (piece := os.pread(fd, size - len(data), offset + len(data))):
+        data = data + piece if data else piece
+    return data
 
 
 def read_captions(

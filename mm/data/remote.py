@@ -2,7 +2,7 @@
 
 Every wait has an end: a try that brings next to nothing for `Options.stall` seconds is given up. What was yielded is
 not asked for again, save where an HTTP server knows no ranges. Local copies of whole shards are in
-`mm/data/shard_cache.py`, whose class is reachable here too.
+`mm/data/shard_cache.py`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,10 @@ import importlib.util
 import random
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from mm.config import ConfigError
 from mm.data import transport
-
-if TYPE_CHECKING:
-    from mm.data.shard_cache import ShardCache
-
-__all__ = ["PROTOCOLS", "Facts", "Options", "ShardCache", "Unavailable", "check", "chunks", "facts", "glob"]
-__all__ += ["is_remote", "read_small", "write_small"]
 
 PROTOCOLS = ("http", "https", "s3", "gs", "hf", "az")  # nothing else is ever opened
 _BACKENDS = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs"}
@@ -206,14 +200,3 @@ def _again(
         raise Unavailable(f"{url}: {problem.what}{where}{count}", problem.kind) from error
     delay = min(options.first_delay * 2 ** (failures - 1), _LONGEST_DELAY)
     time.sleep(delay * _jitter.uniform(0.5, 1.0))  # so that many workers do not come back at once
-
-
-if not TYPE_CHECKING:  # seen by nobody's type checker, or every misspelt name would pass
-
-    def __getattr__(name: str) -> Any:
-        """The class of `mm/data/shard_cache.py`, which imports this file."""
-        if name != "ShardCache":
-            raise AttributeError(f"module 'mm.data.remote' has no attribute {name!r}")
-        from mm.data.shard_cache import ShardCache
-
-        return ShardCache

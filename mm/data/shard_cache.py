@@ -47,12 +47,6 @@ class ShardCache:
         self.__dict__.update(state)
         self._start()
 
-    @classmethod
-    def usual(cls) -> ShardCache:
-        """In the user's cache folder (XDG_CACHE_HOME, else ~/.cache), up to 64 GiB."""
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        return cls(os.path.join(home, "mm", "shards"), 64 << 30)
-
     def path(self, url: str, facts: Facts | None = None) -> str:
         """A complete local file of the object, fetched where it is not there yet.
 
@@ -125,7 +119,7 @@ class ShardCache:
             have = os.fstat(fd).st_size
             if have > known.size:
                 os.ftruncate(fd, have := 0)
-            self._make_room(url, known.size - have, keep=os.path.basename(stem))
+            self._make_room(url, known.size - have)
             for piece in chunks(url, have, self.options, known):
                 have += _write(fd, piece, have)
         except Unavailable as error:
@@ -136,7 +130,7 @@ class ShardCache:
             raise
         os.rename(f"{stem}.part", f"{stem}.tar")
 
-    def _make_room(self, url: str, need: int, *, keep: str) -> None:
+    def _make_room(self, url: str, need: int) -> None:
         """Removes the files used least recently until `need` bytes fit into the limit and onto the disk."""
         files = []
         for entry in os.scandir(self.folder):
@@ -148,7 +142,7 @@ class ShardCache:
         for _, path, size in sorted(files):
             if total + need <= self.limit_bytes and _free(self.folder) >= need:
                 return
-            if not os.path.basename(path).startswith(keep) and _removed(path):
+            if _removed(path):
                 total -= size
         if (free := _free(self.folder)) < need:
             what = f"{need} bytes more do not fit in {self.folder}, where {free} are free"

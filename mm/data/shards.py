@@ -15,7 +15,7 @@ from mm.data.remote import check, is_remote
 from mm.data.remote import glob as matches_there
 
 SPLITS = ("train", "dev", "val")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _MOST_SHARDS = 1_000_000
 
 
@@ -37,7 +37,12 @@ def expand(spec: str, *, mixed: bool = False) -> list[str]:
         if far:
             check(part)
         part = part if far else os.path.expanduser(part)
-        alternatives = [part] if not far and os.path.exists(part) else list(_braces(part))
+        braces = [part] if not far and os.path.exists(part) else _braces(part)
+        alternatives = list(itertools.islice(braces, _MOST_SHARDS + 1))
+        if len(alternatives) > _MOST_SHARDS:
+            raise ConfigError(
+                f"shards {spec!r}: {part!r} names more than {_MOST_SHARDS} shards; join narrower ones by ::"
+            )
         missing = []
         for name in alternatives:
             matches = matches_there(name) if far else _matches(name)
@@ -94,7 +99,7 @@ def _seen(name: str) -> str:
     if is_remote(name):
         return "nothing there has this name"
     folder = Path(name)
-    while not folder.is_dir():
+    while not os.path.isdir(folder):  # False, and no error, for a name that is too long
         if folder == folder.parent:
             break
         folder = folder.parent

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import importlib
-import json
+import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mm.data import remote
-from mm.data.table import Shard, Table, build, from_bytes, keys_of, load, same_samples, to_bytes, write
-from mm.data.tar import File, Scan, Stream
+import numpy as np
+
+from mm.data import img2dataset, remote
+from mm.data.table import NONE, PARTS, Shard, Table, build, from_bytes, keys_of, load, same_samples, to_bytes, write
+from mm.data.tar import File, Scan, Stream, open_file
 
 SUFFIX = ".mmindex"
+LOCAL = "mtime:"  # how the version of a local file begins
 _CHUNK = 4 << 20
+_MOST_LOST = 1_000_000
 
 
 def cache_folder() -> Path:
@@ -45,7 +49,11 @@ def find(shard: str, options: remote.Options | None = None) -> Table | None:
                 table = from_bytes(data, place) if data is not None else None
             else:
                 table = load(place)
-        except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError):
+        except ValueError:
+            continue
+        except OSError:  # nothing there, or nothing that may be read as one
+            if far and place == beside(shard):
+                raise
             continue
         if table is not None and len(table.shards) == 1:
             table.shards[0].name = shard
@@ -80,7 +88,14 @@ def _beside(shard: str, table: Table) -> bool:
 def stamp(path: str) -> tuple[int, str]:
     """Size of a local file, and what changes when it is written. Raises OSError."""
     status = os.stat(path)
-    return status.st_size, str(status.st_mtime_ns)
+    return status.st_size, f"{LOCAL}{status.st_mtime_ns}"
+
+
+def is_same(about: Shard, now: tuple[int, str]) -> bool:
+    """Whether a shard is still as it was read. One that was indexed as a local file and then uploaded: by its size."""
+    size, version = now
+    uploaded = about.version.startswith(LOCAL) and not version.startswith(LOCAL)
+    return about.bytes == size and (about.version == version or uploaded)
 
 
 def facts(shard: str, options: remote.Options | None = None) -> tuple[int, str]:
@@ -100,7 +115,7 @@ def scan(shard: str, *, whole: bool, options: remote.Options | None = None) -> T
     about = Shard(shard, size, version)
     if remote.is_remote(shard):
         return _streamed(about, remote.chunks(shard, 0, options or remote.Options()))
-    fd = os.open(shard, os.O_RDONLY)
+    fd = open_file(shard)
     try:
         return _streamed(about, _pieces(fd)) if whole else build(about, Scan(File(fd)))
     finally:
@@ -127,8 +142,7 @@ def fresh(shard: str, old: Table | None, *, whole: bool = False, options: remote
     Samples that are known and no longer there are entered as lost. Raises OSError where the shard cannot be read.
     """
     about = old.shards[0] if old is not None else None
-    known = (about.bytes, about.version) if about is not None and (about.sha256 or not whole) else None
-    if old is not None and known is not None and facts(shard, options) == known:
+    if old is not None and about is not None and (about.sha256 or not whole) and is_same(about, facts(shard, options)):
         return old
     new = scan(shard, whole=whole, options=options)
     now = new.shards[0]
@@ -136,33 +150,32 @@ def fresh(shard: str, old: Table | None, *, whole: bool = False, options: remote
         about.bytes, about.version = now.bytes, now.version  # copied or touched, not changed
         about.sha256, old.path = "", ""  # no longer what the file says
         return old
-    now.lost = lost(shard, new, old)
-    if about is not None and not now.lost and not now.damage and not same_samples(old or new, new):
+    now.lost, now.partial = missing(shard, new, old)
+    if about is not None and not now.lost and not now.damage and not now.sha256 and not same_samples(old or new, new):
         now.problems.append(("", "the index is older than the shard, which was read anew: mm shards index"))
     return new
 
 
-def lost(shard: str, new: Table, old: Table | None) -> list[str]:
-    """Keys that a damaged shard should hold and does not: by its earlier index, or by what img2dataset wrote."""
+def missing(shard: str, new: Table, old: Table | None) -> tuple[list[str], list[str]]:
+    """Keys that a damaged shard should hold and does not, and those it holds without a part that they should have.
+
+    By its earlier index; without one, by what img2dataset wrote, and by the parts that all samples but the last have.
+    """
     if not new.shards[0].damage:
-        return []
-    there = dict.fromkeys(keys_of(new))
-    known = [*keys_of(old), *old.shards[0].lost] if old is not None else _img2dataset(shard, len(there))
-    return [key for key in known if key not in there]
+        return [], []
+    there = dict(zip(keys_of(new), _parts(new), strict=True))
+    if old is not None:
+        before = dict(zip(keys_of(old), _parts(old), strict=True))
+        partial = [key for key in there if before.get(key, 0) & ~there[key] or key in old.shards[0].partial]
+        return [key for key in [*before, *old.shards[0].lost] if key not in there], partial
+    *others, last = there.values() if there else [0]
+    partial = list(there)[-1:] if others and functools.reduce(operator.and_, others) & ~last else []
+    said = None if remote.is_remote(shard) else img2dataset.successes(shard)
+    if isinstance(said, int):
+        return [f"(unnamed {number})" for number in range(len(there), min(said, _MOST_LOST))], partial
+    return [key for key in said or [] if key not in there], partial
 
 
-def _img2dataset(shard: str, found: int) -> list[str]:
-    """Keys that img2dataset says it put into a shard: from its parquet file where pyarrow is there, else only as many
-    as its statistics count; [] where neither lies beside the shard."""
-    stem = shard.removesuffix(".tar")
-    try:
-        parquet = importlib.import_module("pyarrow.parquet")
-        rows = parquet.read_table(stem + ".parquet", columns=["key", "status"]).to_pylist()
-        return [str(row["key"]) for row in rows if row["status"] == "success"]
-    except (ImportError, OSError, ValueError, KeyError):
-        pass
-    try:
-        count = int(json.loads(Path(stem + "_stats.json").read_text(encoding="utf-8"))["successes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return [f"(unnamed {number})" for number in range(found, min(count, 1_000_000))]
+def _parts(table: Table) -> list[int]:
+    """Which parts each sample has, a bit each."""
+    return sum(((table.sizes(part) != NONE).astype(np.uint8) << bit for bit, part in enumerate(PARTS))).tolist()

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import io
-import json
-import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mm.data import remote
+from mm.data import img2dataset
 from mm.data.buckets import aspect_codes
 from mm.data.captions import per_source
 from mm.data.index import ShardIndex
@@ -31,10 +25,10 @@ SMALL = 224  # pixels on the short side
 _MOST_CAPTIONS = 200_000
 _MOST_REASONS = 10
 _BINS = 40
-_GROUPS, _OF_GROUP, _DIFFERENT = 5, 4, 5  # groups of duplicates, samples of each, and shards at odds that are named
-_OTHER = "other reasons"
+_GROUPS, _OF_GROUP = 5, 4  # groups of duplicates, and samples of each, that are named
+OTHER = "other reasons"
 _NAMES = re.compile(r"(?<=^member ).*(?= refused:)|(?<=^second member ).*(?= ignored$)|(?<=, inside )(?!a |the ).*")
-_NUMBERS = re.compile(r"[1-9]\d*|\d\d+")  # a lone 0 stays: an empty caption is not one that is too long
+_NUMBERS = re.compile(r"(?<![\w-])(?:[1-9]\d*|\d\d+)")  # a lone 0 stays: an empty caption is not one that is too long
 
 
 def stats(spec: str, caption: str = "txt", progress: bool = True) -> dict[str, Any]:
@@ -69,12 +63,12 @@ def stats(spec: str, caption: str = "txt", progress: bool = True) -> dict[str, A
         "captions": captions,
         "duplicates": _duplicates(reader, sizes, progress),
         "ledger": _top(Counter(_alike(entry.reason) for entry in index.ledger)),
-        "img2dataset": _img2dataset(index, progress),
+        "img2dataset": _said(index, progress),
         "histograms": {
             "image_bytes": _histogram(
                 sizes, np.geomspace(low := sizes.min(), max(sizes.max() + 1, 3 * low), _BINS + 1)
             ),
-            "caption_words": _histogram(words, _whole(0, np.percentile(words, 99) if len(words) else 0)),
+            "caption_words": _histogram(words, _whole(0, captions["words"].get("p99", 0))),
             "samples_per_shard": _histogram(index.sizes, _whole(index.sizes.min(), index.sizes.max())),
         },
     }
@@ -119,7 +113,7 @@ def _histogram(values: NDArray[Any], edges: NDArray[Any]) -> dict[str, Any]:
 def _top(counts: Counter[str]) -> dict[str, int]:
     found = dict(counts.most_common(_MOST_REASONS))
     rest = counts.total() - sum(found.values())
-    return found | ({_OTHER: rest} if rest else {})
+    return found | ({OTHER: rest} if rest else {})
 
 
 def _alike(reason: str) -> str:
@@ -233,153 +227,6 @@ def _duplicates(reader: Reader, sizes: NDArray[np.int64], progress: bool) -> dic
     }
 
 
-def _img2dataset(index: ShardIndex, progress: bool) -> dict[str, Any] | None:
-    """What img2dataset says of the shards, summed: `status` by rows of its parquet files, else by its statistics;
-    `reasons` of failures by these. None where it left no file beside any shard."""
-    many = ThreadPoolExecutor(16 if any(map(remote.is_remote, index.shards)) else 1)
-    with many as pool:
-        bar = tqdm(total=len(index.shards), desc="img2dataset", disable=None if progress else True, leave=False)
-        with bar:
-            said = []
-            for one in pool.map(_said, index.shards):
-                said.append(one)
-                bar.update()
-    if not any(status is not None or bad for status, _, bad in said):
-        return None
-    total: Counter[str] = sum((status for status, _, _ in said if status is not None), Counter())
-    reasons: Counter[str] = sum((reasons for _, reasons, _ in said), Counter())
-    different = [
-        {"shard": shard, "says": status["success"], "holds": about.rows}
-        for shard, about, (status, _, _) in zip(index.shards, index.table.shards, said, strict=True)
-        if status is not None and status["success"] != about.rows
-    ]
-    unreadable = [bad for _, _, bad in said if bad]
-    return {
-        "shards": sum(status is not None for status, _, _ in said),
-        "attempted": total.total(),
-        "successes": total["success"],
-        "failed_to_download": total["failed_to_download"],
-        "failed_to_resize": total["failed_to_resize"],
-        "status": dict(total.most_common()),
-        "reasons": _top(reasons),
-        "different": len(different),
-        "first_different": different[:_DIFFERENT],
-        "unreadable": len(unreadable),
-        "first_unreadable": unreadable[:_DIFFERENT],
-    }
-
-
-def _said(shard: str) -> tuple[Counter[str] | None, Counter[str], str]:
-    """Rows by status, failures by reason, and what could not be read, of the files beside one shard."""
-    stem = shard.removesuffix(".tar")
-    status: Counter[str] | None = None
-    reasons, bad = Counter[str](), ""
-    try:
-        data = _beside(stem + "_stats.json")
-        if data is not None:
-            said = json.loads(data)
-            counts = {name: int(said[name]) for name in ("failed_to_download", "failed_to_resize")}
-            status = Counter({"success": int(said["successes"])} | {name: n for name, n in counts.items() if n})
-            rest = int(said["count"]) - status.total()
-            status.update({"other": rest} if rest > 0 else {})
-            reasons.update({str(why): int(n) for why, n in said["status_dict"].items() if why != "success"})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        bad = f"{stem}_stats.json: {' '.join(str(error).split())[:100]}"
-    try:
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        return status, reasons, bad
-    try:
-        data = _beside(stem + ".parquet")
-        if data is not None:
-            rows = parquet.read_table(io.BytesIO(data), columns=["status"])
-            status = Counter(map(str, rows.column("status").to_pylist()))
-    except (OSError, ValueError, KeyError) as error:
-        bad = f"{stem}.parquet: {' '.join(str(error).split())[:100]}"
-    return status, reasons, bad
-
-
-def _beside(place: str) -> bytes | None:
-    if remote.is_remote(place):
-        return remote.read_small(place)
-    return Path(place).read_bytes() if os.path.exists(place) else None
-
-
-def table(found: dict[str, Any]) -> str:
-    """`stats`' figures as at most 40 lines of at most 110 characters."""
-    pictures, captions, copies = found["pictures"], found["captions"], found["duplicates"]
-    megabytes = {name: size / 1e6 for name, size in found["bytes"]["per_shard"].items()}
-    kilobytes = {name: size / 1e3 for name, size in found["image_bytes"].items()}
-    counts = f"{found['samples']:,} samples: {found['usable']:,} usable, {found['rejected']:,} rejected"
-    members = ", ".join(f"{word} in {count:,}" for word, count in list(found["extensions"].items())[:8])
-    aspects = pictures["aspect"]
-    lines = [
-        _line("shards", f"{found['shards']:,} of {found['bytes']['total'] / 1e6:,.1f} MB with {counts}"),
-        _line("members", f"{members} shards"),
-        _cells("", ("min", "median", "max")),
-        _cells("samples per shard", found["samples_per_shard"].values()),
-        _cells("MB per shard", megabytes.values()),
-        _cells("", ("1 %", "25 %", "50 %", "75 %", "99 %", "mean")),
-        _cells("image, kB", kilobytes.values()),
-        *([_cells("width, pixels", pictures["width"].values())] if pictures["known"] else []),
-        *([_cells("height, pixels", pictures["height"].values())] if pictures["known"] else []),
-        _cells("caption, characters", captions["characters"].values()),
-        _cells("caption, words", captions["words"].values()),
-    ]
-    if pictures["known"]:
-        lines += [
-            _line("width : height", "".join(f"{name:>7}" for name in aspects)),
-            _line("  % of pictures", "".join(f"{100 * n / pictures['known']:7.1f}" for n in aspects.values())),
-            _line(f"short side < {SMALL}", f"{pictures['small']:,} pictures, {100 * pictures['small_share']:.1f} %"),
-        ]
-    if pictures["unknown"]:
-        lines.append(_line("size unknown", f"{pictures['unknown']:,} pictures (mm shards index looks at them)"))
-    told = f"{captions['read']:,} of {captions['of']:,} read; {captions['empty']:,} empty, {captions['unreadable']:,}"
-    same = f"{captions['identical']:,} ({100 * captions['identical_share']:.1f} %) the same as another"
-    lines.append(_line("captions", f"{told} unreadable; {same}"))
-    lines += _counts("", captions["problems"], 2)
-    unread = f"; {copies['unread']:,} could not be read" if copies["unread"] else ""
-    lines.append(
-        _line("duplicate images", f"{copies['groups']:,} groups, {copies['surplus']:,} surplus samples{unread}")
-    )
-    for group in copies["first"][:3]:
-        room = 72 // len(group["samples"])
-        names = [_fit(f"{os.path.basename(shard)}/{key}", room) for shard, key in group["samples"]]
-        more = group["copies"] - len(names)
-        lines.append(_line("", " = ".join(names) + (f" = {more:,} more" if more else "")))
-    lines += _counts("left out", found["ledger"], 6)
-    said = found["img2dataset"]
-    if said is not None:
-        status = ", ".join(f"{count:,} {word}" for word, count in said["status"].items())
-        lines.append(_line("img2dataset", f"{said['attempted']:,} attempted for {said['shards']:,} shards: {status}"))
-        lines += _counts("  why not", said["reasons"], 4)
-        for one in said["first_different"][:2]:
-            holds = f"{os.path.basename(one['shard'])}: {one['says']:,} success, {one['holds']:,} samples there"
-            lines.append(_line("  differs", f"{holds} ({said['different']:,} shards differ)"))
-        lines += [_line("  unreadable", what) for what in said["first_unreadable"][:1]]
-    return "\n".join(line if len(line) <= 110 else line[:109] + "…" for line in lines)
-
-
-def _line(label: str, text: str) -> str:
-    return f"{label:<22}{text}".rstrip()
-
-
-def _fit(name: str, room: int) -> str:
-    return name if len(name) <= room else f"{name[: room // 2]}…{name[len(name) + 1 - (room + 1) // 2 :]}"
-
-
-def _cells(label: str, values: Iterable[float | str]) -> str:
-    """Values in columns: whole numbers as such, others with three digits and more."""
-    cells = (
-        value if isinstance(value, str) else f"{value:,.0f}" if value == int(value) or value >= 100 else f"{value:.3g}"
-        for value in values
-    )
-    return _line(label, "".join(f"{cell:>12}" for cell in cells))
-
-
-def _counts(label: str, counts: dict[str, int], most: int) -> list[str]:
-    """One line for each of the most common, and one for the rest."""
-    shown = [(why, count) for why, count in counts.items() if why != _OTHER][:most]
-    rest = sum(counts.values()) - sum(count for _, count in shown)
-    lines = [f"{count:,} {why}" for why, count in shown] + ([f"{rest:,} for {_OTHER}"] if rest else [])
-    return [_line(label if not place else "", text) for place, text in enumerate(lines)]
+def _said(index: ShardIndex, progress: bool) -> dict[str, Any] | None:
+    found = img2dataset.summed(index, progress)
+    return found and {**found, "reasons": _top(Counter(found["reasons"]))}

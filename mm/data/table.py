@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm.data.dimensions import dimensions
-from mm.data.tar import BLOCK, Scan, Stream
+from mm.data.tar import BLOCK, Scan, Stream, open_file
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 PARTS = ("image", "txt", "caption", "json")  # nothing else in a shard is ever read
@@ -45,6 +45,7 @@ class Shard:
     damage: str = ""  # of the file as a whole
     problems: list[tuple[str, str]] = field(default_factory=list)  # (key or "", reason) of refused members
     lost: list[str] = field(default_factory=list)  # keys known from elsewhere that are no longer there
+    partial: list[str] = field(default_factory=list)  # keys that are there, but a part of theirs no longer is
     unreadable: str = ""  # why none of its samples can be used
 
 
@@ -87,13 +88,16 @@ def build(shard: Shard, scan: Scan) -> Table:
         match = _KEY.match(name)
         if not problem and match is None:  # a hidden file, or no extension: not part of a sample
             continue
+        if match is not None:
+            extensions.add(match[2].lower())
         if not problem and size > LARGEST:
             problem = f"{size} bytes is over the limit of {LARGEST}"
         if problem or match is None:
             shard.problems.append(("", f"member {name} refused: {problem}"))
+            if match is not None:  # a sample all the same, which is counted as one that cannot be used
+                samples.setdefault(match[1], {})
             continue
         key, extension = match[1], match[2].lower()
-        extensions.add(extension)
         parts = samples.setdefault(key, {})
         part = _PART.get(extension)
         if part is None:
@@ -158,8 +162,17 @@ def to_bytes(table: Table) -> bytes:
     """The table as a safetensors file."""
     from safetensors.numpy import save
 
-    about = json.dumps({"format": _FORMAT, "shards": [asdict(shard) for shard in table.shards]})
-    return save(table.columns, {"mm": about})
+    shards = [asdict(shard) for shard in table.shards]
+    about = {"format": _FORMAT, "shards": shards, "sum": _sum(shards, table.columns)}
+    return save(table.columns, {"mm": json.dumps(about)})
+
+
+def _sum(shards: list[dict[str, Any]], columns: dict[str, NDArray[Any]]) -> int:
+    """A checksum over all that a table says."""
+    total = zlib.crc32(json.dumps(shards).encode())
+    for name in sorted(columns):
+        total = zlib.crc32(np.ascontiguousarray(columns[name]).data, zlib.crc32(name.encode(), total))
+    return total
 
 
 def write(table: Table, path: str | Path) -> None:
@@ -174,7 +187,7 @@ def write(table: Table, path: str | Path) -> None:
 
 def load(path: str | Path) -> Table:
     """The table in a file, mapped into memory. Raises ValueError where it is not one, OSError where it is not there."""
-    with open(path, "rb") as file:
+    with open(open_file(str(path)), "rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise ValueError(f"{path}: empty, not an index")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -196,9 +209,12 @@ def from_bytes(data: bytes | mmap.mmap, where: str) -> Table:
             first, last = entry["data_offsets"]
             kind = np.dtype(_DTYPES[entry["dtype"]])
             columns[name] = np.frombuffer(data, kind, (last - first) // kind.itemsize, start + first)
+        # a table of many shards was joined here from such that were checked: its pages are not all read for a start
+        if len(about["shards"]) == 1 and about.get("sum") != _sum(about["shards"], columns):
+            raise ValueError("checksum differs")
         table = Table([Shard(**shard) for shard in about["shards"]], columns)
         _check(table)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{where}: not an index of this version ({' '.join(str(error).split())[:100]})") from error
     return table
 
@@ -209,8 +225,30 @@ def _check(table: Table) -> None:
     for name, column in table.columns.items():
         if len(column) != (names if name == "keys" else rows):
             raise ValueError(f"column {name} has {len(column)} entries")
+    if not {"keys", "key_ends"} <= table.columns.keys():
+        raise ValueError("no keys")
     for shard in table.shards:
         shard.problems = [(str(key), str(reason)) for key, reason in shard.problems]
+        texts = [shard.name, shard.version, shard.sha256, shard.damage, shard.unreadable, *shard.extensions]
+        numbers = (shard.bytes, shard.rows, shard.key_bytes)
+        texts += shard.lost + shard.partial
+        if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
+            raise ValueError("a field of the wrong type")
+    if len(table.shards) == 1:  # one of many was joined from such
+        _check_places(table, table.shards[0])
+
+
+def _check_places(table: Table, shard: Shard) -> None:
+    ends = table.columns["key_ends"]
+    if len(ends) and (ends[-1] != shard.key_bytes or (ends[1:] < ends[:-1]).any()):
+        raise ValueError("keys of other lengths")
+    for part in PARTS:
+        if f"{part}.size" not in table.columns:
+            continue
+        sizes, blocks = table.columns[f"{part}.size"], table.columns[f"{part}.block"]
+        last = np.where(sizes == NONE, 0, blocks.astype(np.int64) * BLOCK + sizes)
+        if (last > shard.bytes).any() or (sizes[sizes != NONE] > LARGEST).any():
+            raise ValueError(f"{part} outside of the shard")
 
 
 def same_samples(one: Table, other: Table) -> bool:

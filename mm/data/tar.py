@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Generator, Iterator
 from typing import NamedTuple, Protocol
 
@@ -12,6 +14,7 @@ _RECORD = 20 * BLOCK  # tar and tarfile pad to whole records; some writers stop 
 _ZERO = bytes(BLOCK)
 _GZIP = b"\x1f\x8b"
 _LARGEST_NAME = 1 << 20  # bytes of a long-name or pax header: more is damage, or an attack
+_DIGITS = 20  # of a number in a pax header: 64 bits
 _KINDS = {
     b"1": "hard link",
     b"2": "symbolic link",
@@ -20,6 +23,13 @@ _KINDS = {
     b"6": "named pipe",
     b"S": "sparse file",
 }
+_EMPTY = (
+    b"1",
+    b"2",
+    b"3",
+    b"4",
+    b"6",
+)  # no bytes follow these, whatever their size says: GNU tar's rule, and tarfile's
 
 
 class Member(NamedTuple):
@@ -29,6 +39,15 @@ class Member(NamedTuple):
     offset: int
     size: int
     problem: str
+
+
+def open_file(path: str) -> int:
+    """A descriptor of a regular file. Raises OSError for anything else: a pipe would be waited for, for ever."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return fd
 
 
 class Source(Protocol):
@@ -107,9 +126,13 @@ def _members(source: Source) -> Generator[Member, None, str]:
                 else "no tar file"
             )
         kind, start = header[156:157], position + BLOCK
+        raw = pax.get(b"path") or long_name or _name(header)
+        folder = kind == b"5" or (kind == b"\0" and raw.endswith(b"/"))
         if kind == b"S":
             start = _after_sparse(source, header, start)
-        if kind in (b"0", b"\0", b"7"):  # of these only, a pax header may hold the true size
+        if folder or kind in _EMPTY:
+            size = 0
+        elif kind in (b"0", b"\0", b"7"):  # of these only, a pax header may hold the true size
             size = _decimal(pax.get(b"size"), size)
         position = start + -(-size // BLOCK) * BLOCK
         if kind in (b"L", b"K", b"x", b"g", b"X"):
@@ -121,10 +144,9 @@ def _members(source: Source) -> Generator[Member, None, str]:
             elif kind in (b"x", b"X"):
                 pax = _records(data)
             continue
-        raw = pax.get(b"path") or long_name or _name(header)
         sparse = any(key.startswith(b"GNU.sparse") for key in pax)
         long_name, pax = b"", {}
-        if kind == b"5" or (kind == b"\0" and raw.endswith(b"/")):
+        if folder:
             continue
         name = raw.decode("utf-8", "backslashreplace")
         if start + size > end:
@@ -141,6 +163,8 @@ def _after_end(source: Source, position: int) -> str:
         return f"cut at byte {source.end}, inside the end-of-archive marker"
     if len(rest) > BLOCK and source.end % _RECORD:
         return f"cut at byte {source.end}, inside the padding after the last member: no sample is lost"
+    if source.end - position > _RECORD + BLOCK:
+        return f"only zeros from byte {position} on, more than padding: what was there is lost"
     return ""
 
 
@@ -171,13 +195,14 @@ def _size(header: bytes) -> int | None:
     if field[0] == 0x80:  # base 256, for 8 GiB and more
         return int.from_bytes(field[1:], "big")
     try:
-        return max(int(field.strip(b" \0") or b"0", 8), 0)
+        size = int(field.strip(b" \0") or b"0", 8)
     except ValueError:
         return None
+    return size if size >= 0 else None
 
 
 def _decimal(value: bytes | None, otherwise: int) -> int:
-    return int(value) if value and value.isdigit() else otherwise
+    return int(value.lstrip(b"0")[:_DIGITS] or b"0") if value and value.isdigit() else otherwise
 
 
 def _name(header: bytes) -> bytes:
@@ -201,7 +226,7 @@ def _records(data: bytes) -> dict[bytes, bytes]:
     """A pax header's `LENGTH KEY=VALUE\\n` records."""
     records, position = {}, 0
     while position < len(data):
-        length, _, _ = data[position:].partition(b" ")
+        length, _, _ = data[position : position + _DIGITS].partition(b" ")
         if not length.isdigit() or int(length) <= len(length):
             break
         key, _, value = data[position + len(length) + 1 : position + int(length) - 1].partition(b"=")

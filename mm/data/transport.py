@@ -248,7 +248,7 @@ def explain(error: Exception, stall: float) -> Problem:
         return Problem(f"stalled: no answer for {stall:g} s")
     if isinstance(error, FileNotFoundError):
         return Problem("404 not found", "missing")
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or text.startswith("Forbidden:"):  # gcsfs raises a plain OSError
         return Problem(f"permission denied ({text})", "forbidden")
     if "Credentials" in name:
         return Problem(f"permission denied ({text}; see AWS_ACCESS_KEY_ID, or FSSPEC_S3 for public data)", "forbidden")

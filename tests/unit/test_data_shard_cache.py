@@ -16,7 +16,8 @@ import pytest
 from servers import Fault, HttpServer, http_server, s3_server, s3_upload
 
 from mm.data import remote, shard_cache
-from mm.data.remote import Facts, Options, ShardCache, Unavailable
+from mm.data.remote import Facts, Options, Unavailable
+from mm.data.shard_cache import ShardCache
 
 SIZE = 300_000
 NAMES = [f"{letter}.tar" for letter in "abcd"]
@@ -24,7 +25,8 @@ QUICK = Options(tries=2, stall=10.0, first_delay=0.01, chunk=50_000)
 SHORT = QUICK._replace(stall=0.4)  # where the server stalls
 FETCH = """
 import sys
-from mm.data.remote import Facts, Options, ShardCache
+from mm.data.remote import Facts, Options
+from mm.data.shard_cache import ShardCache
 folder, url, size, version = sys.argv[1:]
 print("up", flush=True)
 sys.stdin.readline()
@@ -279,6 +281,24 @@ def test_who_waited_for_a_failure_does_not_try_for_as_long_again(server: HttpSer
     assert [path.suffix for path in files(cache)] == [".tar"]
 
 
+def test_a_lock_on_a_file_that_is_gone_by_then_is_none(tmp_path: Path) -> None:
+    part = str(tmp_path / "x.part")
+
+    def wait() -> tuple[int, bool]:
+        with shard_cache._locked(part) as (fd, waited):
+            return os.fstat(fd).st_size, os.path.samestat(os.fstat(fd), os.stat(part)) and waited > 0
+
+    with ThreadPoolExecutor(1) as pool:
+        with shard_cache._locked(part) as (fd, waited):
+            assert waited == 0
+            os.write(fd, b"whole")
+            second = pool.submit(wait)
+            time.sleep(0.2)
+            os.rename(part, tmp_path / "x.tar")
+        assert second.result(timeout=10) == (0, True)
+    assert os.listdir(tmp_path) == ["x.tar"]
+
+
 def test_what_comes_next_is_fetched_ahead(server: HttpServer, cache: ShardCache) -> None:
     urls = [f"{server.url}/{name}" for name in NAMES]
     known = [remote.facts(url) for url in urls]
@@ -301,7 +321,7 @@ def test_fetching_ahead_leaves_half_of_the_room(server: HttpServer, cache: Shard
 
 def test_a_hung_fetch_ahead_does_not_keep_the_interpreter(server: HttpServer, cache: ShardCache, root: Path) -> None:
     server.faults["/a.tar"] = Fault(silent=True)
-    code = "import sys, time; from mm.data.remote import ShardCache\n"
+    code = "import sys, time; from mm.data.shard_cache import ShardCache\n"
     code += "ShardCache(sys.argv[1], 10**9).ahead([(sys.argv[2], None)]); time.sleep(1.5); print('end')"
     command = [sys.executable, "-c", code, cache.folder, f"{server.url}/a.tar"]
     ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=15, check=False)

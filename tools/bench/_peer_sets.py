@@ -44,21 +44,20 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def cuts(source: Path, out: Path, count: int) -> list[dict[str, Any]]:
-    """Copies of `source` whose second shard is to end early: `folder`, the `shard` itself, where to `cut`, and how many
-    samples are `whole` before that. Three of four cuts anywhere, one where a member begins."""
+    """Copies of `source` whose second shard is to end early: `folder`, the `shard` in it, where to `cut` it, and the
+    numbers of the samples that are `gone` then. Three of four cuts are anywhere, one is where a member begins."""
     rng, original = np.random.default_rng(1), sorted(source.glob("*.tar"))[1]
     with tarfile.open(original) as tar:
         members = tar.getmembers()
     ends = [member.offset_data + member.size for member in members[1::2]]  # of a caption: its sample is whole
     anywhere = rng.integers(1, ends[-1], size=count - count // 4).tolist()
     between = [members[place].offset for place in rng.integers(1, len(members), size=count // 4)]
-    total = int((source / "sizes").read_text())
-    found = []
+    found: list[dict[str, Any]] = []
     for number, cut in enumerate(anywhere + between):
-        folder = out / f"cut-{number:02d}"
+        folder = out / f"cut-{chr(ord('a') + number)}"  # no digits: messages are searched for counts
         shutil.copytree(source, folder)
-        whole = total - sum(end > cut for end in ends)
-        found.append({"folder": str(folder), "shard": str(folder / original.name), "cut": int(cut), "whole": whole})
+        gone = [int(member.name[:6]) for member, end in zip(members[1::2], ends, strict=True) if end > cut]
+        found.append({"folder": str(folder), "shard": str(folder / original.name), "cut": int(cut), "gone": gone})
     return found
 
 
@@ -67,7 +66,7 @@ def cut_copies(source: Path, out: Path, pattern: str, parts: Sequence[float]) ->
     original = sorted(source.glob(pattern))[1]
     found = []
     for number, part in enumerate(parts):
-        folder = out / f"cut-{number:02d}"
+        folder = out / f"cut-{chr(ord('a') + number)}"
         shutil.copytree(source, folder)
         cut = int(original.stat().st_size * part)
         os.truncate(folder / original.name, cut)

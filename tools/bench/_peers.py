@@ -99,7 +99,7 @@ class Runner:
                     )
                 )
         _wait(processes, outs, deadline)
-        return _gather(outs, deadline)
+        return _gather(outs, deadline, {str(self.folder.parent): "DATA", ROOT: "MM", sys.prefix: "PYTHON"})
 
     def version(self) -> str:
         package = "mm" if not self.library.environment else self.library.environment[1].split("==")[0].split("[")[0]
@@ -132,20 +132,40 @@ def _wait(processes: list[subprocess.Popen[bytes]], outs: list[Path], deadline: 
             told, end = True, min(end, time.monotonic() + _TO_END)
         time.sleep(0.1)
     for process in processes:
+        if process.poll() is not None:  # what it started may still have to clear up behind it
+            end = time.monotonic() + _TO_END
+            while _alive(process.pid) and time.monotonic() < end:
+                time.sleep(0.1)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its workers too, also where it has ended itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def _gather(outs: list[Path], deadline: float) -> Run:
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _gather(outs: list[Path], deadline: float, names: dict[str, str]) -> Run:
+    """The passes' files read; folders of this machine are called by `names`."""
+
+    def read(path: Path) -> str:
+        text = path.read_text() if path.is_file() else ""
+        for folder, name in sorted(names.items(), key=lambda item: -len(item[0])):
+            text = text.replace(folder, name)
+        return text
+
     run = Run([], [], [], [])
     for out in outs:
-        lines = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
+        lines = [json.loads(line) for line in read(out).splitlines()]
         run.ranks.append([line["batch"] for line in lines if "batch" in line])
         run.each += [line["each"] for line in lines if "each" in line]
         last = lines[-1].get("end") if lines else None
         if last is None:
-            log = " ".join(out.with_suffix(".log").read_text().split())
+            log = " ".join(read(out.with_suffix(".log")).split())
             run.errors.append(f"no end within {deadline:g} s, or killed: {log[-300:]}")
         else:
             run.errors += [last["error"]] if last["error"] else []

@@ -57,6 +57,16 @@ class Interview:
     def _epoch(self) -> Run:
         return self._read(workers=2)
 
+    @property
+    def _can_seed(self) -> bool:
+        """Whether it has a deterministic shuffle beside its usual one."""
+        return self.library.name.startswith("webdataset")
+
+    @cached_property
+    def _ordered(self) -> Run:
+        """An epoch in the order that should come again."""
+        return self._read(workers=2, seeded=True) if self._can_seed else self._epoch
+
     @cached_property
     def _saved(self) -> tuple[Run, Path]:
         state = self.folder / "state"
@@ -76,13 +86,13 @@ class Interview:
 
     def again(self) -> Answer:
         answer = _same(self._epoch, self._read(workers=2))
-        if not answer.good and self.library.name.startswith("webdataset"):
-            seeded = _same(self._read(workers=2, seeded=True), self._read(workers=2, seeded=True))
+        if not answer.good and self._can_seed:
+            seeded = _same(self._ordered, self._read(workers=2, seeded=True))
             return Answer(f"{answer.cell}; with detshuffle: {seeded.cell}", False, [answer.evidence, seeded.evidence])
         return answer
 
     def any_workers(self) -> Answer:
-        found = [_same(self._epoch, self._read(workers=workers)) for workers in (0, 1)]
+        found = [_same(self._ordered, self._read(workers=workers, seeded=self._can_seed)) for workers in (0, 1)]
         return Answer(
             min(found, key=lambda answer: answer.good).cell,
             all(answer.good for answer in found),
@@ -90,7 +100,7 @@ class Interview:
         )
 
     def any_world(self) -> Answer:
-        return _same(self._epoch, self._read(workers=2, world=2))
+        return _same(self._ordered, self._read(workers=2, world=2, seeded=self._can_seed))
 
     def resume(self) -> Answer:
         return self._resume(workers=2)
@@ -131,9 +141,8 @@ class Interview:
             return Answer("no: no state to save", False, evidence)
         rest = self.runner.run(**request, stop=MIX_END - MIX_STOP, resume=str(state))
         order = _same(Run([whole.steps[MIX_STOP:]], [], [], []), rest)
-        again = len(set(rest.numbers) & set(first.numbers))
-        evidence |= {"errors": rest.errors, "order": order.evidence, "repeated": again}
-        return Answer("exact" if order.good else f"no: {again} of {len(rest.numbers)} again", order.good, evidence)
+        evidence |= {"errors": rest.errors, "order": order.evidence}
+        return Answer("exact" if order.good else order.cell, order.good, evidence)
 
     def cut(self) -> Answer:
         if not self.library.tars:
@@ -181,13 +190,7 @@ class Interview:
         marker.unlink(missing_ok=True)
         run = self.runner.run(data=[str(folder)], deadline=_HANGS, environment=environment)
         ran, seen = marker.exists(), len(set(run.numbers))
-        cell = (
-            "its code runs"
-            if ran
-            else f"refused, with all its data: {_short(run.errors[0])}"
-            if run.errors
-            else "not read"
-        )
+        cell = "its code runs" if ran else f"refused: {_short(run.errors[0])}" if run.errors else "not read"
         return Answer(cell, not ran, {"ran": ran, "samples": seen, "errors": run.errors, "said": run.said[:3]})
 
 
@@ -216,21 +219,27 @@ def _same(one: Run, other: Run) -> Answer:
 
 
 def _cut(found: list[dict[str, Any]], usual: list[str], total: int) -> Answer:
-    """Each cut: an error, something said beyond what a whole set brings, or silence; and whether the loss is counted."""
+    """Each cut: an error, something said beyond what a whole set brings, or silence; and whether the loss was told.
+
+    It is told where its number is named, or each sample.
+    """
     rows, kinds = [], {"an error": 0, "said so": 0, "silent": 0, "nothing lost": 0}
     for cut in found:
         seen = cut["seen"]
-        lost = total - len(set(seen["numbers"]))
+        missing = total - len(set(seen["numbers"]))
         said = [line for line in seen["said"] if line not in usual]
-        text = " ".join([seen["error"], *said]).replace(",", "")
-        kind = "an error" if seen["error"] else "said so" if said else "silent" if lost else "nothing lost"
+        kind = "an error" if seen["error"] else "said so" if said else "silent" if missing else "nothing lost"
         kinds[kind] += 1
-        counted = re.search(rf"\b{lost}\b", text) is not None
-        whole = {name: cut[name] for name in ("cut", "whole") if name in cut}
-        rows.append({**whole, "lost": lost, "kind": kind, "counted": counted, "error": seen["error"], "said": said[:2]})
-    counted = sum(row["counted"] for row in rows)
-    told = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
-    return Answer(f"{told}; loss counted in {counted}", not kinds["silent"], rows)
+        text = " ".join([seen["error"], *said])
+        gone = set(cut.get("gone", ()))
+        lost = len(gone) or missing
+        named = gone & {int(key) for key in re.findall(r"\b\d{6}\b", text)}
+        told = len(named) == lost or re.search(rf"\b{lost}\b", text.replace(",", "")) is not None
+        row = {"cut": cut["cut"], "lost in it": lost, "not given": missing, "kind": kind, "told": told}
+        rows.append({**row, "error": seen["error"], "said": said[:2]})
+    parts = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    told = sum(row["told"] for row in rows)
+    return Answer(f"of {len(rows)} cuts {parts}; loss told in {told}", not kinds["silent"], rows)
 
 
 def _short(error: str) -> str:

@@ -30,7 +30,8 @@ def poison(request: Request) -> None:
 
 def read(request: Request) -> Pass:
     torchrun()
-    parts = [StreamingDataset(folder, shuffle=True, seed=request.seed) for folder in request.data]
+    # with several processes drop_last is the default, and a state is refused where it was another
+    parts = [StreamingDataset(folder, shuffle=True, seed=request.seed, drop_last=True) for folder in request.data]
     dataset = parts[0]
     if request.weights:
         dataset = CombinedStreamingDataset(parts, seed=request.seed, weights=request.weights, iterate_over_all=False)

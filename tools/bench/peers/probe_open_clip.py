@@ -37,7 +37,9 @@ def read(request: Request) -> Pass:
 
 def _braces(folder: str) -> str:
     names = [shard.removeprefix(folder + "/") for shard in shards_of(folder)]
-    return f"{folder}/{{{','.join(names)}}}"
+    return (
+        f"{folder}/{{{','.join(names)}}}" if len(names) > 1 else f"{folder}/{names[0]}"
+    )  # one in braces stays as it is
 
 
 def _count(folders: list[str]) -> int:

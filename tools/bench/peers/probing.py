@@ -124,6 +124,8 @@ def serve(read: Callable[[Request], Pass], **others: Callable[[Request], None]) 
     request = Request(**json.loads(sys.argv[1]))
     with open(request.out, "w") as file, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        for category in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)  # Python shows these to nobody
         said = _Said(caught)
 
         def tell(**line: Any) -> None:
@@ -164,5 +166,8 @@ def _caught(work: Callable[[], None]) -> str:
     try:
         work()
     except Exception as error:  # any: it is the answer
-        return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        text = f"{type(error).__name__}: {error}".strip()
+        if "Original Traceback" in text:  # from a worker of torch's DataLoader: the error is its last line
+            text = text.splitlines()[-1]
+        return " ".join(text.split())[:500]
     return ""
