@@ -32,7 +32,7 @@ class Entry(NamedTuple):
     reason: str
 
 
-def open_table(shards: Sequence[str], *, anew: bool = False) -> Table:
+def open_table(shards: Sequence[str], *, anew: bool = False, options: remote.Options = remote.DEFAULTS) -> Table:
     """One table over `shards`: from the last start's where nothing changed, else from sidecars, else by reading.
 
     With `anew`, remote shards are asked whether they changed. Raises ConfigError for a shard that cannot be read and
@@ -48,7 +48,7 @@ def open_table(shards: Sequence[str], *, anew: bool = False) -> Table:
     many = ThreadPoolExecutor(_THREADS if any(map(remote.is_remote, shards)) else 1)
     with many as pool, tqdm(total=len(shards), desc="opening shards", unit="shard", disable=None, leave=False) as bar:
         tables = []
-        for one in pool.map(_one, shards, stamps, itertools.repeat(anew)):
+        for one in pool.map(_one, shards, stamps, itertools.repeat(anew), itertools.repeat(options)):
             tables.append(one)
             bar.update()
     whole = table.join(tables)
@@ -71,9 +71,9 @@ def _stamp(shard: str) -> tuple[int, str] | OSError:
         return error
 
 
-def _one(shard: str, stamp: tuple[int, str] | OSError, anew: bool) -> Table:
+def _one(shard: str, stamp: tuple[int, str] | OSError, anew: bool, options: remote.Options) -> Table:
     try:
-        old = sidecar.find(shard)
+        old = sidecar.find(shard, options)
         if isinstance(stamp, OSError):
             raise stamp
         if old is not None and sidecar.is_same(old.shards[0], stamp):
@@ -81,11 +81,11 @@ def _one(shard: str, stamp: tuple[int, str] | OSError, anew: bool) -> Table:
         if remote.is_remote(shard):
             if old is not None and not anew:
                 return old
-            new = sidecar.fresh(shard, old)
+            new = sidecar.fresh(shard, old, options=options)
             if new is not old:  # it was read whole for this: never twice
                 sidecar.keep(shard, new)
             return new
-        return sidecar.fresh(shard, old)
+        return sidecar.fresh(shard, old, options=options)
     except OSError as error:
         old = sidecar.find(shard) if not remote.is_remote(shard) else None
         reason = error.strerror or str(error)
@@ -159,8 +159,9 @@ class ShardIndex:
         *,
         spec: str = "",
         parts: tuple[str, ...] | Sequence[tuple[str, ...]] = ("txt",),
+        options: remote.Options = remote.DEFAULTS,
     ) -> None:
-        self.table = open_table(shards)
+        self.table = open_table(shards, options=options)
         self.shards = list(shards)
         self.ledger: list[Entry] = []
         self.seen = self.rejected = 0

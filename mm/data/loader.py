@@ -12,10 +12,7 @@ from mm.data.background import in_thread, in_workers
 from mm.data.batches import Batches, Made
 from mm.data.index import Entry
 from mm.data.reader import Reader
-from mm.data.remote import Options, is_remote
-from mm.data.shard_cache import ShardCache
-from mm.data.sidecar import cache_folder
-from mm.data.sources import by_likeness, open_sources
+from mm.data.sources import Access, by_likeness, open_sources
 from mm.types import Batch
 
 _MOST_AHEAD = 4  # batches that a worker makes ahead: more only uses memory
@@ -67,7 +64,8 @@ class Loader:
         ahead: bool = True,
     ) -> None:
         _check(processors, batch_size, workers, rank, world, start, max_error_rate)
-        sources = open_sources(spec, caption, weights)
+        access = Access(fetch_gb, stall_seconds)
+        sources = open_sources(spec, caption, weights, access)
         self.index, self.captions = sources.index, sources.captions
         self.workers, self.start, self.train, self.ahead = workers, start, train, ahead
         self.max_error_rate, self.max_consecutive_errors = max_error_rate, max_consecutive_errors
@@ -84,15 +82,13 @@ class Loader:
         grouped = (
             order if order is None or buckets == "none" else by_likeness(order, self.index, buckets, shapes, batch_size)
         )
-        far = any(map(is_remote, self.index.shards))
-        folder = str(cache_folder() / "shards")
         reader = Reader(
             self.index,
             self.captions,
             images=any(processor.source == "image" for processor in processors.values()),
             every=train,
             cache_bytes=(cache_mb << 20) // max(workers, 1),  # each worker keeps its own
-            store=ShardCache(folder, int(fetch_gb * 1e9), Options(stall=stall_seconds)) if far else None,
+            store=access.store(self.index),
         )
         self._batches = Batches(
             self.index,

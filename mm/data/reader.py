@@ -219,12 +219,13 @@ def read_captions(
     *,
     every: bool = False,
     numbers: Iterable[int] = (),
+    store: ShardCache | None = None,
 ) -> tuple[list[str], list[str], list[Entry]]:
     """Keys and captions of all samples in index order, and ledger entries of those left out as unreadable.
 
     With `every`, all of a sample's captions follow each other; with `numbers`, only of those samples.
     """
-    reader = Reader(index, captions, images=False, every=every, cache_bytes=0)
+    reader = Reader(index, captions, images=False, every=every, cache_bytes=0, store=store)
     keys: list[str] = []
     found: list[str] = []
     ledger: list[Entry] = []

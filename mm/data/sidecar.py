@@ -38,14 +38,14 @@ def apart(shard: str) -> Path:
     return cache_folder() / "index" / (hashlib.blake2b(place.encode(), digest_size=16).hexdigest() + SUFFIX)
 
 
-def find(shard: str, options: remote.Options | None = None) -> Table | None:
+def find(shard: str, options: remote.Options = remote.DEFAULTS) -> Table | None:
     """The table in the shard's sidecar, wherever that is; None where there is none of this version. OSError where its
     store cannot be reached."""
     far = remote.is_remote(shard)
     for place in (str(apart(shard)), beside(shard)):
         try:
             if far and place == beside(shard):
-                data = remote.read_small(place, options or remote.Options())
+                data = remote.read_small(place, options)
                 table = from_bytes(data, place) if data is not None else None
             else:
                 table = load(place)
@@ -98,15 +98,15 @@ def is_same(about: Shard, now: tuple[int, str]) -> bool:
     return about.bytes == size and (about.version == version or uploaded)
 
 
-def facts(shard: str, options: remote.Options | None = None) -> tuple[int, str]:
+def facts(shard: str, options: remote.Options = remote.DEFAULTS) -> tuple[int, str]:
     """Size and version of a shard anywhere. Raises OSError."""
     if not remote.is_remote(shard):
         return stamp(shard)
-    found = remote.facts(shard, options or remote.Options())
+    found = remote.facts(shard, options)
     return found.size, found.version
 
 
-def scan(shard: str, *, whole: bool, options: remote.Options | None = None) -> Table:
+def scan(shard: str, *, whole: bool, options: remote.Options = remote.DEFAULTS) -> Table:
     """The table of a shard read now: all of it and hashed where `whole` or remote, else only its headers.
 
     Raises OSError where it cannot be read.
@@ -114,7 +114,7 @@ def scan(shard: str, *, whole: bool, options: remote.Options | None = None) -> T
     size, version = facts(shard, options)
     about = Shard(shard, size, version)
     if remote.is_remote(shard):
-        return _streamed(about, remote.chunks(shard, 0, options or remote.Options()))
+        return _streamed(about, remote.chunks(shard, 0, options))
     fd = open_file(shard)
     try:
         return _streamed(about, _pieces(fd)) if whole else build(about, Scan(File(fd)))
@@ -136,7 +136,7 @@ def _streamed(about: Shard, pieces: Iterator[bytes]) -> Table:
     return table
 
 
-def fresh(shard: str, old: Table | None, *, whole: bool = False, options: remote.Options | None = None) -> Table:
+def fresh(shard: str, old: Table | None, *, whole: bool = False, options: remote.Options = remote.DEFAULTS) -> Table:
     """The shard's table as it is now, given its sidecar's: that one where the shard is unchanged, else read anew.
 
     Samples that are known and no longer there are entered as lost. Raises OSError where the shard cannot be read.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,32 @@ from mm.data.index import ShardIndex
 from mm.data.mixture import Mixture
 from mm.data.order import Order
 from mm.data.reader import read_captions
+from mm.data.remote import Options, is_remote
+from mm.data.shard_cache import ShardCache
 from mm.data.shards import expand
+from mm.data.sidecar import cache_folder
 from mm.data.table import NONE
 
 WINDOW = 64  # batches within which like samples are brought together
 _EDGES = [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024]  # bytes of a caption
 _ENOUGH_TEXT = 100_000  # samples that a tokenizer is fitted to
+
+
+class Access(NamedTuple):
+    """How remote shards are had: disk that fetched ones may take, and seconds without a byte before another try."""
+
+    fetch_gb: float = 20.0
+    stall_seconds: float = 60.0
+
+    @property
+    def options(self) -> Options:
+        return Options(stall=self.stall_seconds)
+
+    def store(self, index: ShardIndex) -> ShardCache | None:
+        """Where they are fetched to; None where all shards are local."""
+        if not any(map(is_remote, index.shards)):
+            return None
+        return ShardCache(str(cache_folder() / "shards"), int(self.fetch_gb * 1e9), self.options)
 
 
 @dataclass
@@ -47,7 +67,7 @@ def check(spec: str, caption: str, weights: str) -> None:
     read_weights(weights, len(spec.split("::")))
 
 
-def open_sources(spec: str, caption: str = "txt", weights: str = "") -> Sources:
+def open_sources(spec: str, caption: str = "txt", weights: str = "", access: Access = Access()) -> Sources:  # noqa: B008
     """The sources that `spec` joins by `::`. Raises ConfigError where names, captions or weights cannot work."""
     shards = expand(spec)
     parts = spec.split("::")
@@ -55,20 +75,20 @@ def open_sources(spec: str, caption: str = "txt", weights: str = "") -> Sources:
     single = len(parts) == 1 or (given is None and "::" not in caption)
     counts = [len(shards)] if single else [len(expand(part)) for part in parts]
     captions = [place for place, count in zip(places, counts, strict=False) for _ in range(count)]
-    index = ShardIndex(shards, spec=spec, parts=[place.parts for place in captions])
+    index = ShardIndex(shards, spec=spec, parts=[place.parts for place in captions], options=access.options)
     return Sources(index, captions, counts, given)
 
 
-def corpus(spec: str, caption: str) -> list[str]:
+def corpus(spec: str, caption: str, access: Access) -> list[str]:
     """Captions that a tokenizer is fitted to: all that training may draw, and the aliases that `mm shards` writes.
 
     Of more than 100,000 samples evenly spaced ones.
     """
-    sources = open_sources(spec, caption)
+    sources = open_sources(spec, caption, access=access)
     numbers = np.linspace(0, len(sources.index) - 1, min(len(sources.index), _ENOUGH_TEXT)).astype(int).tolist()
     known: dict[str, Captions] = {}
     wide = [known.setdefault(place.spec, Captions(f"{place.spec},json.aliases")) for place in sources.captions]
-    return read_captions(sources.index, wide, every=True, numbers=numbers)[1]
+    return read_captions(sources.index, wide, every=True, numbers=numbers, store=access.store(sources.index))[1]
 
 
 def by_likeness(

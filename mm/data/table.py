@@ -92,6 +92,8 @@ def build(shard: Shard, scan: Scan) -> Table:
             extensions.add(match[2].lower())
         if not problem and size > LARGEST:
             problem = f"{size} bytes is over the limit of {LARGEST}"
+        if not problem and offset >= BLOCK << 32:
+            problem = "it lies behind 2 TiB, where no index reaches"
         if problem or match is None:
             shard.problems.append(("", f"member {name} refused: {problem}"))
             if match is not None:  # a sample all the same, which is counted as one that cannot be used

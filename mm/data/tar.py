@@ -161,10 +161,10 @@ def _after_end(source: Source, position: int) -> str:
         return f"data after the end marker at byte {position}"
     if len(rest) < BLOCK:
         return f"cut at byte {source.end}, inside the end-of-archive marker"
-    if len(rest) > BLOCK and source.end % _RECORD:
-        return f"cut at byte {source.end}, inside the padding after the last member: no sample is lost"
     if source.end - position > _RECORD + BLOCK:
         return f"only zeros from byte {position} on, more than padding: what was there is lost"
+    if len(rest) > BLOCK and source.end % _RECORD:
+        return f"cut at byte {source.end}, inside the padding after the last member: no sample is lost"
     return ""
 
 

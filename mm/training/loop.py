@@ -21,14 +21,14 @@ from mm.config import TrainConfig
 from mm.data.buckets import aspect_shapes
 from mm.data.loader import Loader
 from mm.data.order import order_hash
-from mm.data.sources import check, corpus
+from mm.data.sources import Access, check, corpus
 from mm.distributed.parallelize import autocast, compile_blocks, pick_device
 from mm.models.export import save_export
 from mm.objectives.step import TrainStep, build_step
 from mm.training import checkpoint, run_folder
 from mm.training.calibrate import count_flops, diagnose, steps_within
 from mm.training.ema import Ema
-from mm.training.metrics import MetricsLog, matrix_rate, write_ledger
+from mm.training.metrics import LedgerFile, MetricsLog, matrix_rate
 from mm.training.optim import Optimizers
 from mm.training.preemption import Stop
 from mm.training.progress import Progress, say
@@ -174,7 +174,8 @@ def _prepare(config: TrainConfig, callbacks: Sequence[Callback]) -> Trainer:
     if run_folder.saved_config(folder) is not None:
         run_folder.claim(folder, config)  # refuse another run's folder before anything is built
     device = pick_device(config.parallel)
-    tokenizer = run_folder.tokenizer_of(folder, config, lambda: corpus(data.train, data.caption))
+    access = Access(data.fetch_gb, data.stall_seconds)
+    tokenizer = run_folder.tokenizer_of(folder, config, lambda: corpus(data.train, data.caption, access))
     torch.manual_seed(config.run.seed)
     step_module = build_step(config, tokenizer).to(device)
     loader = Loader(
@@ -220,11 +221,13 @@ def _shapes(config: TrainConfig) -> list[tuple[int, int]]:
 def _loop(trainer: Trainer, stop: Stop) -> None:
     config = trainer.config
     log = MetricsLog(trainer.run_dir, trainer.step, config.run.tensorboard)
+    ledger = LedgerFile(trainer.run_dir)
     try:
         with Progress(trainer.step, config.run.steps) as progress:
             batches = iter(trainer.loader)
             while trainer.step < config.run.steps:
                 record = _advance(trainer, batches)
+                ledger.write(trainer.loader.ledger)
                 stopping = bool(stop) and trainer.step < config.run.steps
                 found: dict[str, float] = {}
                 for callback in trainer.callbacks:
@@ -242,7 +245,7 @@ def _loop(trainer: Trainer, stop: Stop) -> None:
                     raise Stopped(trainer.step, stop.signal or 0)
     finally:
         log.close()
-        write_ledger(trainer.run_dir, trainer.loader.ledger)
+        ledger.write(trainer.loader.ledger)
 
 
 def _advance(trainer: Trainer, batches: Iterator[Batch]) -> dict[str, Any]:

@@ -49,15 +49,25 @@ class MetricsLog:
             self.board.close()
 
 
-def write_ledger(run: Path, entries: Sequence[Any]) -> None:
-    """Add what could not be used to `ledger.jsonl`, one JSON object a line, each once; no file where nothing was."""
-    path = run / "ledger.jsonl"
-    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    lines = list(dict.fromkeys([*before, *(json.dumps(entry._asdict()) for entry in entries)]))
-    if len(lines) > len(before):
-        fresh = run / ".ledger.tmp"
-        fresh.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        fresh.replace(path)
+class LedgerFile:
+    """`ledger.jsonl`: what could not be used, one JSON object a line, each once; no file where nothing was."""
+
+    def __init__(self, run: Path) -> None:
+        self.path, self._seen = run / "ledger.jsonl", 0
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        self._lines = set(text.splitlines())
+        self._cut = bool(text) and not text.endswith("\n")  # a kill in the middle of a line
+
+    def write(self, entries: Sequence[Any]) -> None:
+        """Add what a growing list of entries holds beyond those of the last call."""
+        lines = dict.fromkeys(json.dumps(entry._asdict()) for entry in entries[self._seen :])
+        self._seen = len(entries)
+        new = [line for line in lines if line not in self._lines]
+        if new:
+            self._lines.update(new)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("\n" * self._cut + "".join(line + "\n" for line in new))
+            self._cut = False
 
 
 def _step(line: str) -> float:

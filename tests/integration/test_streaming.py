@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch.multiprocessing
 from PIL import Image
-from servers import http_server, s3_server, s3_upload
+from servers import Fault, http_server, s3_server, s3_upload
 
 from mm.adapters.image import ImageProcessor
 from mm.data.indexing import index
@@ -138,6 +138,26 @@ def test_training_from_http_and_s3_equals_training_from_files(data: Path, tmp_pa
     with s3_server():
         bucket = s3_upload("shards", data)
         assert orders(train(tmp_path / "s3", f"{bucket}/a-*.tar")) == orders(local)
+
+
+def test_a_shard_whose_server_stalls_or_loses_it_is_named_and_training_goes_on(data: Path, tmp_path: Path) -> None:
+    with http_server(data) as server:
+        spec = f"{server.url}/a-{{000000..000002}}.tar"
+        options = ("--data.stall_seconds", "0.3", "--data.max_error_rate", "0.9", "--run.steps", "3")
+        train(tmp_path / "first", spec, *options)
+        shutil.rmtree(tmp_path / "cache/shards")  # its index is known, its bytes must be fetched again
+        server.faults = {"/a-000000.tar": Fault(stall_after=5000), "/a-000001.tar": Fault(status=404)}
+        train(tmp_path / "run", spec, *options)
+        ledger = [json.loads(line) for line in (tmp_path / "run/ledger.jsonl").read_text().splitlines()]
+        reasons = {entry["shard"].rpartition("/")[2]: entry["reason"] for entry in ledger if not entry["key"]}
+        assert "stalled" in reasons["a-000000.tar"] and "404 not found" in reasons["a-000001.tar"]
+        assert records(tmp_path / "run")[-1]["unusable"] == 2
+        server.faults["/a-000002.tar"] = Fault(status=404)
+        shutil.rmtree(tmp_path / "cache/shards")
+        result = subprocess.run(
+            command(tmp_path / "none", spec, *options), env=environment(), capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 2 and "404 not found" in result.stderr and "cannot be" in result.stderr
 
 
 class Process:

@@ -11,7 +11,7 @@ import torch
 from mm.config import ConfigError
 from mm.data.index import Entry
 from mm.training import checkpoint
-from mm.training.metrics import write_ledger
+from mm.training.metrics import LedgerFile
 
 
 def save(run: Path, step: int, keep: int) -> None:
@@ -49,10 +49,12 @@ def test_nothing_is_started_anew_over_damaged_checkpoints(tmp_path: Path) -> Non
 
 
 def test_the_ledger_grows_over_resumes_and_repeats_nothing(tmp_path: Path) -> None:
-    write_ledger(tmp_path, [])
+    ledger = LedgerFile(tmp_path)
+    ledger.write([])
     assert not (tmp_path / "ledger.jsonl").exists()
     first, second = Entry("a.tar", "1", "no image"), Entry("a.tar", "2", "no caption")
-    write_ledger(tmp_path, [first])
-    write_ledger(tmp_path, [second, first])
+    ledger.write([first])
+    ledger.write([first, second])
+    LedgerFile(tmp_path).write([second, first])  # a run that was resumed
     keys = [json.loads(line)["key"] for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert keys == ["1", "2"]

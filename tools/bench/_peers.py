@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _common import OPEN_CLIP, ROOT, peer_python
+from _common import OPEN_CLIP, ROOT, cache_folder, peer_python
 
 DEADLINE = 90.0  # seconds of one pass
 _TO_END = 10.0  # seconds that a process may take to end once it has told all
@@ -94,19 +94,23 @@ class Runner:
                         stderr=log,
                         stdin=subprocess.DEVNULL,
                         cwd=ROOT,
-                        env=self._environment() | rank | (environment or {}),
+                        env=self.environment() | rank | (environment or {}),
                         start_new_session=True,  # so that its workers can be ended with it
                     )
                 )
         _wait(processes, outs, deadline)
-        return _gather(outs, deadline, {str(self.folder.parent): "DATA", ROOT: "MM", sys.prefix: "PYTHON"})
+        return _gather(
+            outs,
+            deadline,
+            {str(self.folder.parent): "DATA", ROOT: "MM", sys.prefix: "PYTHON", str(cache_folder()): "CACHE"},
+        )
 
     def version(self) -> str:
         package = "mm" if not self.library.environment else self.library.environment[1].split("==")[0].split("[")[0]
         command = [self.python, "-c", f"from importlib.metadata import version; print(version({package!r}))"]
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """Nothing of the user's own folders is written to, and no library asks its server for news."""
         own = {"TMPDIR": "tmp", "HOME": "home", "XDG_CACHE_HOME": "cache"}
         environment = {**os.environ, **{name: str(self.folder / place) for name, place in own.items()}}

@@ -31,13 +31,14 @@ def main() -> None:
     pattern = str(shards[0]).replace("000000.tar", f"{{000000..{len(shards) - 1:06d}}}.tar")
     interpreters = dict.fromkeys(SIDES, sys.executable) | {"open_clip": peer_python(*OPEN_CLIP)}
     _check_tokens()
+    sides = list(SIDES)
     rates: dict[str, list[float]] = {side: [] for side in SIDES}
     facts: dict[str, dict[str, Any]] = {}
     for number in range(args.rounds):
         for shard in shards:
             shard.read_bytes()  # into the page cache
-        for side, interpreter in interpreters.items():
-            facts[side] = _run(interpreter, side, pattern, args.warm, args.images)
+        for side in sides[number % len(sides) :] + sides[: number % len(sides)]:  # each is first in turn
+            facts[side] = _run(interpreters[side], side, pattern, args.warm, args.images)
             rates[side].append(facts[side]["images"] / facts[side]["seconds"])
         if not number:
             _check(facts)

@@ -57,12 +57,12 @@ def main() -> None:
 
 
 def ask(library: Library) -> dict[str, Any]:
-    """Version and answers of one library; where pip cannot install it, what pip said and no answers."""
+    """Version and answers of one library; where it cannot be installed or convert its data, why, and no answers."""
     with tempfile.TemporaryDirectory(prefix="streaming-peers-") as folder:
         try:
             interview = Interview(library, Path(folder))
         except RuntimeError as error:
-            return {"version": None, "pip": str(error), "answers": {}}
+            return {"version": "(not run)", "problem": str(error), "answers": {}}
         answers = {}
         for question, answer in QUESTIONS.items():
             found = answer(interview)
@@ -74,12 +74,12 @@ def ask(library: Library) -> dict[str, Any]:
 def markdown(results: dict[str, dict[str, Any]]) -> str:
     """One row a question; webdataset's column names what version 0.2.86 does otherwise."""
     columns = [name for name in COLUMNS if name in results] or list(results)
-    head = [f"{name} {results[name]['version'] or '(not installed)'}" for name in columns]
+    head = [f"{name} {results[name]['version']}" for name in columns]
     lines = ["| | " + " | ".join(head) + " |", "|---" * (len(columns) + 1) + "|"]
     for question in QUESTIONS:
         cells = []
         for name in columns:
-            cell = results[name]["answers"].get(question, {}).get("cell", "not installed")
+            cell = results[name]["answers"].get(question, {}).get("cell", "not run")
             old = results.get("webdataset 0.2", {"answers": {}})["answers"].get(question, {}).get("cell", cell)
             cells.append(f"{cell} (0.2.86: {old})" if name == "webdataset" and old != cell else cell)
         lines.append(f"| {question} | " + " | ".join(cells) + " |")
