@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -10,7 +10,6 @@ from PIL import Image
 Box = tuple[float, float, float, float]
 
 
-@runtime_checkable
 class Croppable(Protocol):
     """A picture that gives parts of itself, so that it need not decode more than they take."""
 

@@ -16,6 +16,7 @@ from mm.config import ConfigError
 from mm.data.captions import Captions
 from mm.data.index import ShardIndex
 from mm.data.reader import Reader
+from mm.data.remote import is_remote
 from mm.data.shards import SPLITS, expand
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def around(data: str, candidates: str | None) -> tuple[list[str], list[str]]:
     held_out = expand(data)
     if candidates is not None:
         return held_out, expand("::".join(candidates.split("::")), mixed=True)
+    if any(map(is_remote, held_out)):  # what else is there is not looked up
+        return held_out, held_out
     folders = {Path(file).parent for file in held_out}
     if len(folders) > 1 or not all(_split(file) for file in held_out):
         return held_out, held_out

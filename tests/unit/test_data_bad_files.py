@@ -19,7 +19,7 @@ from mm.data.index import ShardIndex
 from mm.data.reader import Reader
 from mm.data.shards import expand
 
-pytestmark = pytest.mark.timeout(20)
+pytestmark = pytest.mark.timeout(20, method="thread")  # no signal wakes a thread that waits for a pipe
 
 
 def reasons(index: ShardIndex) -> str:
