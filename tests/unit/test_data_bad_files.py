@@ -84,22 +84,44 @@ def test_a_shard_that_turns_into_something_else_is_lost_and_named(tmp_path: Path
         assert (again.rejected, again.seen) == (1, 2)
 
 
+def refuse(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody may open a file: root, who often runs tests, is refused nothing by its mode."""
+    real = os.open
+
+    def refused(name: Any, *rest: Any, **named: Any) -> int:
+        if str(name) == str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(name, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refused)
+
+
 def test_permission_denied_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [tmp_path / "0.tar", tmp_path / "1.tar"]
     for number, path in enumerate(paths):
         path.write_bytes(sample(f"s{number}") + END)
-    index, real = ShardIndex([str(path) for path in paths]), os.open
-
-    def refused(path: Any, *rest: Any, **named: Any) -> int:  # root, who often runs tests, is refused nothing
-        if str(path) == str(paths[1]):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path, *rest, **named)
-
-    monkeypatch.setattr(os, "open", refused)
+    index = ShardIndex([str(path) for path in paths])
+    refuse(paths[1], monkeypatch)
     with pytest.raises(ConfigError, match=r"1\.tar' cannot be read: Permission denied"):
         ShardIndex([str(path) for path in paths])
     with pytest.raises(ValueError, match="shard cannot be read: Permission denied"):
         Reader(index).read(1)
+
+
+def test_a_permission_that_is_given_back_counts_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"{number}.tar" for number in range(40)]  # so many that their joined index is kept
+    for path in paths:
+        path.write_bytes(sample(path.stem) + END)
+    indexing.index(str(tmp_path), workers=1)
+    os.utime(paths[7])  # so that the sidecar alone does not do
+    with monkeypatch.context() as patch:
+        refuse(paths[7], patch)
+        index = ShardIndex([str(path) for path in paths])
+        assert (len(index), index.rejected) == (39, 1) and "cannot be read: Permission denied" in reasons(index)
+    index = ShardIndex([str(path) for path in paths])
+    assert len(index) == 40 and not index.ledger
 
 
 @pytest.mark.parametrize(

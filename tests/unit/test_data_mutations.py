@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tars import long, member, pax, png, sample
 
 from mm.config import ConfigError
-from mm.data import tar
+from mm.data import sidecar, tar
 from mm.data.decode import Picture
 from mm.data.index import ShardIndex
 from mm.data.reader import Reader
@@ -84,3 +84,22 @@ def test_a_tar_is_the_same_read_in_pieces_and_anywhere(tmp_path: Path, content: 
     pieces = (content[start : start + piece] for start in range(0, len(content), piece))
     streamed = build(Shard("x", len(content)), tar.Scan(tar.Stream(pieces, len(content))))
     assert same_samples(anywhere, streamed) and anywhere.shards == streamed.shards
+
+
+@given(at=st.floats(0, 1, exclude_max=True), kind=st.sampled_from(["flip", "cut", "double"]), size=st.integers(1, 40))
+@settings(max_examples=200, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_sidecar_with_other_bytes_never_leads_to_other_samples(
+    tmp_path: Path, at: float, kind: str, size: int
+) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(VALID)
+    beside = Path(sidecar.keep(str(path), sidecar.scan(str(path), whole=True)))
+    content = beside.read_bytes()
+    place = int(at * len(content))
+    part = content[place : place + size]
+    if kind == "flip":
+        part = bytes([part[0] ^ 1 << size % 8]) + part[1:]
+    beside.write_bytes(content[:place] + {"flip": part, "cut": b"", "double": part * 2}[kind] + content[place + size :])
+    index = ShardIndex([str(path)])
+    assert [index.key(number)[-2:] for number in range(len(index))] == ["s0", "s1", "s2"]
+    assert [Reader(index).bytes(number, "image") for number in range(3)] == [png(0), png(1), png(2)]

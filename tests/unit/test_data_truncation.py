@@ -179,6 +179,23 @@ def test_what_was_lost_in_two_cuts_is_known_until_the_shard_is_whole_again(whole
     assert not ShardIndex([str(path)]).ledger and not indexing.verify(str(path), workers=1)[0].problem
 
 
+def test_a_sample_cut_in_two_counts_whatever_happens_to_its_shard_next(whole: Whole, tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    shutil.copy(whole.path, path)
+    indexing.index(str(path), workers=1)
+    os.truncate(path, whole.ends["00021"]["txt"] - 1)  # after its picture
+    lost = SAMPLES - len(whole.having(path.stat().st_size, ("png", "txt", "json")))
+    for _ in range(2):
+        assert indexing.verify(str(path), workers=1)[0].lost == lost
+        assert indexing.index(str(path), workers=1)[0].lost == lost
+        os.utime(path)
+    with path.open("r+b") as file:
+        file.seek(whole.ends["00001"]["png"] - 20)
+        file.write(b"flip")
+    report = indexing.verify(str(path), workers=1)[0]
+    assert report.lost == lost + 1 and "2 samples damaged (00001, 00021)" in report.problem
+
+
 def test_a_cut_shard_of_img2dataset_is_counted_by_its_statistics(tmp_path: Path) -> None:
     contents = [(name, data) for _, three in itertools.groupby(members(), _key) for name, data in sorted(three)]
     source = write(tmp_path / "whole", contents)

@@ -238,7 +238,7 @@ def _cut(found: list[dict[str, Any]], usual: list[str], total: int) -> Answer:
         lost = len(gone) or missing
         named = gone & {int(key) for key in re.findall(r"\b\d{6}\b", text)}
         told = len(named) == lost or re.search(rf"\b{lost}\b", text.replace(",", "")) is not None
-        row = {"cut": cut["cut"], "lost in it": lost, "not given": missing, "kind": kind, "told": told}
+        row = {"cut": cut["cut"], "lost in it": len(gone) or None, "not given": missing, "kind": kind, "told": told}
         rows.append({**row, "error": seen["error"], "said": said[:2]})
     parts = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
     told = sum(row["told"] for row in rows)

@@ -169,5 +169,5 @@ def _caught(work: Callable[[], None]) -> str:
         text = f"{type(error).__name__}: {error}".strip()
         if "Original Traceback" in text:  # from a worker of torch's DataLoader: the error is its last line
             text = text.splitlines()[-1]
-        return " ".join(text.split())[:500]
+        return " ".join(text.split()).rstrip(":")[:500]
     return ""
