@@ -80,13 +80,21 @@ def random_box(
 ) -> tuple[int, int, int, int]:
     """Whole pixels of a part with at least `least` of the area, width / height within 4/3 of `ratio`; four draws.
 
-    Where the part would leave the picture on two sides it is cut to fit, whatever its shape is then.
+    Of a picture too long or too tall for that: the largest part with the bound of the ratio, as in torchvision.
     """
     width, height = size
     area, log_ratio, left, top = rng.random(4)
     side = math.sqrt(width * height * (least + (1 - least) * area))
-    stretch = math.sqrt(ratio) * math.exp((2 * log_ratio - 1) * math.log(4 / 3) / 2)
-    w, h = min(max(1, round(side * stretch)), width), min(max(1, round(side / stretch)), height)
+    narrow, wide = math.sqrt(ratio * 3 / 4), math.sqrt(ratio * 4 / 3)  # of which the squares are width / height
+    low, high = max(narrow, side / height), min(wide, width / side)  # so that it fits
+    if low <= high:
+        stretch = low * (high / low) ** log_ratio
+        w, h = side * stretch, side / stretch
+    elif width / height > ratio:
+        w, h = height * wide**2, height
+    else:
+        w, h = width, width / narrow**2
+    w, h = min(max(1, round(w)), width), min(max(1, round(h)), height)
     x, y = round(left * (width - w)), round(top * (height - h))
     return x, y, x + w, y + h
 

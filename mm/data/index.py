@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
+import bisect
 import itertools
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from mm.config import ConfigError
-from mm.data import remote, sidecar, table
+from mm.data import remote
+from mm.data.joined import open_table
 from mm.data.table import IMAGES, NONE, PARTS, Shard, Table
 from mm.data.tar import BLOCK
 
 LARGEST_TEXT = 1 << 20  # bytes of a caption or of metadata
-_MANY = 32  # shards from which on their joined table is kept for the next start
-_KEPT = 16  # joined tables kept
-_THREADS = 16  # sidecars fetched at once
 
 
 class Entry(NamedTuple):
@@ -30,95 +25,6 @@ class Entry(NamedTuple):
     shard: str
     key: str
     reason: str
-
-
-def open_table(shards: Sequence[str], *, anew: bool = False, options: remote.Options = remote.DEFAULTS) -> Table:
-    """One table over `shards`: from the last start's where nothing changed, else from sidecars, else by reading.
-
-    With `anew`, remote shards are asked whether they changed. Raises ConfigError for a shard that cannot be read and
-    was never indexed.
-    """
-    stamps = [_stamp(shard) for shard in shards]
-    kept = _joined(shards, stamps)
-    if len(shards) >= _MANY and not anew:
-        try:
-            return table.load(kept)
-        except (OSError, ValueError):  # not there yet, or of another version
-            pass
-    many = ThreadPoolExecutor(_THREADS if any(map(remote.is_remote, shards)) else 1)
-    with many as pool, tqdm(total=len(shards), desc="opening shards", unit="shard", disable=None, leave=False) as bar:
-        tables = []
-        for one in pool.map(_one, shards, stamps, itertools.repeat(anew), itertools.repeat(options)):
-            tables.append(one)
-            bar.update()
-    whole = table.join(tables)
-    if len(shards) >= _MANY and not any(about.unreadable for about in whole.shards):  # it may be readable next time
-        _keep(whole, kept)
-        if os.path.exists(kept):
-            return table.load(kept)
-    return whole
-
-
-def _stamp(shard: str) -> tuple[int, str] | OSError:
-    if remote.is_remote(shard):
-        return (
-            -1,
-            "",
-        )  # asking for each of many thousands takes longer than a start may: changes show when it is fetched
-    try:
-        return sidecar.stamp(shard)
-    except OSError as error:
-        return error
-
-
-def _one(shard: str, stamp: tuple[int, str] | OSError, anew: bool, options: remote.Options) -> Table:
-    try:
-        old = sidecar.find(shard, options)
-        if isinstance(stamp, OSError):
-            raise stamp
-        if old is not None and sidecar.is_same(old.shards[0], stamp):
-            return old
-        if remote.is_remote(shard):
-            if old is not None and not anew:
-                return old
-            new = sidecar.fresh(shard, old, options=options)
-            if new is not old:  # it was read whole for this: never twice
-                sidecar.keep(shard, new)
-            return new
-        return sidecar.fresh(shard, old, options=options)
-    except OSError as error:
-        old = sidecar.find(shard) if not remote.is_remote(shard) else None
-        reason = error.strerror or str(error)
-        if old is None:
-            raise ConfigError(f"shard {shard!r} cannot be read: {reason}; mend it, or leave it out") from error
-        old.path, old.shards[0].unreadable = "", f"cannot be read: {reason}"
-        return old
-
-
-def _joined(shards: Sequence[str], stamps: Sequence[tuple[int, str] | OSError]) -> str:
-    """Where the joined table of exactly these shards, in this state, is kept."""
-    digest = hashlib.blake2b(digest_size=16)
-    for shard, stamp in zip(shards, stamps, strict=True):
-        place = shard if remote.is_remote(shard) else os.path.abspath(shard)
-        digest.update(f"{place}\0{stamp if isinstance(stamp, tuple) else 'unreadable'}\n".encode())
-    return str(sidecar.cache_folder() / "joined" / (digest.hexdigest() + sidecar.SUFFIX))
-
-
-def _keep(whole: Table, path: str) -> None:
-    """Saves a start's work for the next; a cache that cannot be written only makes that one slower."""
-    folder = os.path.dirname(path)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        table.write(whole, path)
-        others = sorted((e for e in os.scandir(folder) if e.name.endswith(sidecar.SUFFIX)), key=_age)
-        for entry in others[:-_KEPT]:
-            os.unlink(entry.path)
-    except OSError:
-        pass
-
-
-def _age(entry: os.DirEntry[str]) -> float:
-    return entry.stat().st_mtime
 
 
 class Keys(Sequence[str]):
@@ -167,6 +73,7 @@ class ShardIndex:
         self.seen = self.rejected = 0
         self._parts = [parts if isinstance(parts, tuple) else tuple(parts[place]) for place in range(len(self.shards))]
         self._starts = _starts([about.rows for about in self.table.shards])
+        self._bounds = self._starts.tolist()  # for one sample bisect is ten times as fast
         self._key_starts = _starts([about.key_bytes for about in self.table.shards])
         usable = self._usable()
         self._rows = None if usable.all() else np.flatnonzero(usable)
@@ -192,7 +99,7 @@ class ShardIndex:
 
     def shard_of(self, number: int) -> int:
         """The shard of sample `number`."""
-        return int(np.searchsorted(self._starts, self.row(number), side="right")) - 1
+        return bisect.bisect_right(self._bounds, self.row(number)) - 1
 
     def shards_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """The shards of samples `[n]`."""
@@ -209,10 +116,17 @@ class ShardIndex:
 
     def span(self, number: int, part: str) -> tuple[int, int]:
         """Offset and size in bytes of a part of sample `number`; size -1: it has none."""
-        column, row = self.table.columns.get(f"{part}.size"), self.row(number)
-        if column is None or column[row] == NONE:
-            return 0, -1
-        return BLOCK * int(self.table.columns[f"{part}.block"][row]), int(column[row])
+        return self.spans(number, (part,))[1].get(part, (0, -1))
+
+    def spans(self, number: int, names: Sequence[str]) -> tuple[int, dict[str, tuple[int, int]]]:
+        """The shard of sample `number`, and offset and size in bytes of those of its parts that it has."""
+        row, columns = self.row(number), self.table.columns
+        found = {}
+        for name in names:
+            column = columns.get(f"{name}.size")
+            if column is not None and (size := int(column[row])) != NONE:
+                found[name] = BLOCK * int(columns[f"{name}.block"][row]), size
+        return bisect.bisect_right(self._bounds, row) - 1, found
 
     def after(self, number: int) -> int:
         """The first sample of the next shard that has any, from the first again after the last."""

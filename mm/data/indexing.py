@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mm.data import sidecar
-from mm.data.index import open_table
+from mm.data.joined import open_table
 from mm.data.shards import expand
 from mm.data.table import Table, keys_of
 

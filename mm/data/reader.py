@@ -19,11 +19,15 @@ from mm.data.table import Shard, build
 from mm.data.tar import File, Scan, open_file
 
 _OPEN_FILES = 32
+_GAP = 1 << 16  # bytes between the parts of a sample that are read with them
 _LOOKS = 3  # at a shard that changes while it is read
 _SMALL = 256 * 256  # pixels: larger pictures are not kept, they would crowd out many
 _OVERHEAD = 1000  # bytes that Python spends on a kept sample beside its pixels
 _DISK = 20_000_000_000  # bytes that fetched shards may take
 _AHEAD = 4  # remote shards fetched before they are needed
+
+
+Parts = dict[str, bytes]
 
 
 class ShardLost(ValueError):
@@ -97,8 +101,10 @@ class Reader:
         kept = self._kept.get(number)
         if kept is not None:
             return kept
-        texts = self.texts(number)
-        picture = decode.picture(self.bytes(number, "image")) if self.images else None
+        captions = self.captions[self.index.shard_of(number)]
+        data = self.parts(number, ("image", *captions.parts) if self.images else captions.parts)
+        texts = captions.texts(data.get, every=self.every)
+        picture = decode.picture(data["image"]) if self.images else None
         sample = Sample(picture, texts)
         pixels = picture.width * picture.height if picture is not None else 0
         if pixels <= _SMALL:
@@ -113,34 +119,37 @@ class Reader:
     def texts(self, number: int) -> Texts:
         """Captions of a sample. Raises ValueError where it has none that can be used."""
 
-        def get(part: str) -> bytes | None:
-            size = self.index.span(number, part)[1]
-            if size > LARGEST_TEXT:
-                raise ValueError(f"{part} of {size} bytes is over the limit of {LARGEST_TEXT}")
-            return self.bytes(number, part) if size >= 0 else None
-
-        return self.captions[self.index.shard_of(number)].texts(get, every=self.every)
+        captions = self.captions[self.index.shard_of(number)]
+        return captions.texts(self.parts(number, captions.parts).get, every=self.every)
 
     def bytes(self, number: int, part: str) -> bytes:
-        """Bytes of a sample's "image", "txt", "caption" or "json". Raises ValueError where the shard lacks them, and
-        ShardLost where it cannot be read at all."""
-        offset, size = self.index.span(number, part)
-        shard = self.index.shard_of(number)
+        """Bytes of a sample's "image", "txt", "caption" or "json". Raises as `parts`."""
+        return self.parts(number, (part,)).get(part, b"")
+
+    def parts(self, number: int, names: Sequence[str]) -> Parts:
+        """Bytes of those parts that a sample has. Raises ValueError where the shard lacks them or a text is too long,
+        and ShardLost where it cannot be read at all."""
+        shard, spans = self.index.spans(number, names)
+        for name, (_, size) in spans.items():
+            if name != "image" and size > LARGEST_TEXT:
+                raise ValueError(f"{name} of {size} bytes is over the limit of {LARGEST_TEXT}")
         with self._lock:  # another thread may not close the file between finding and reading it
             for _ in range(_LOOKS):
                 file = self._open(shard)
                 if file.rows is not None and self.index.place(number) >= file.rows:
                     raise SampleLost(f"lost since it was indexed: {file.damage}")
                 try:
-                    data = _read(file.fd, offset, size)
+                    data = _read(file.fd, spans)
                 except OSError as error:
                     raise ValueError(f"shard cannot be read: {error.strerror}") from error
                 if file.state is not None and file.state != _state(file.fd):  # what was read may be anything
                     os.close(self._files.pop(shard).fd)
-                elif len(data) < size:
-                    raise ValueError(f"shard ends at byte {offset + len(data)}, inside the sample")
-                else:
-                    return data
+                    continue
+                short = [name for name in spans if len(data[name]) < spans[name][1]]
+                if short:
+                    offset = spans[short[0]][0] + len(data[short[0]])
+                    raise ValueError(f"shard ends at byte {offset}, inside the sample")
+                return data
         raise ValueError("shard is written to while it is read")
 
     def ahead(self, numbers: np.ndarray[Any, Any]) -> None:
@@ -205,11 +214,22 @@ def _state(fd: int) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _read(fd: int, offset: int, size: int) -> bytes:
-    """Bytes of a file, fewer where it ends before."""
-    data = b""
+def _read(fd: int, spans: dict[str, tuple[int, int]]) -> dict[str, bytes]:
+    """Bytes at some places (offset, size) of a file, at once where they lie together; fewer where it ends before."""
+    start = min((offset for offset, _ in spans.values()), default=0)
+    size = max((offset + size for offset, size in spans.values()), default=0) - start
+    if size > sum(size for _, size in spans.values()) + _GAP:
+        return {name: _at(fd, *span) for name, span in spans.items()}
+    data = _at(fd, start, size)
+    if len(spans) == 1:
+        return dict.fromkeys(spans, data)
+    return {name: data[offset - start : offset - start + size] for name, (offset, size) in spans.items()}
+
+
+def _at(fd: int, offset: int, size: int) -> bytes:
+    data = os.pread(fd, size, offset)
     while len(data) < size and (piece := os.pread(fd, size - len(data), offset + len(data))):
-        data = data + piece if data else piece
+        data += piece
     return data
 
 
