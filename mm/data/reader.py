@@ -19,7 +19,7 @@ from mm.data.table import Shard, build
 from mm.data.tar import File, Scan, open_file
 
 _OPEN_FILES = 32
-_GAP = 1 << 16  # bytes between the parts of a sample that are read with them
+_TOGETHER = 1 << 14  # bytes up to which the parts of a sample are read at once: of more, taking them apart costs more
 _LOOKS = 3  # at a shard that changes while it is read
 _SMALL = 256 * 256  # pixels: larger pictures are not kept, they would crowd out many
 _OVERHEAD = 1000  # bytes that Python spends on a kept sample beside its pixels
@@ -216,13 +216,13 @@ def _state(fd: int) -> tuple[int, int]:
 
 def _read(fd: int, spans: dict[str, tuple[int, int]]) -> dict[str, bytes]:
     """Bytes at some places (offset, size) of a file, at once where they lie together; fewer where it ends before."""
-    start = min((offset for offset, _ in spans.values()), default=0)
-    size = max((offset + size for offset, size in spans.values()), default=0) - start
-    if size > sum(size for _, size in spans.values()) + _GAP:
-        return {name: _at(fd, *span) for name, span in spans.items()}
+    if len(spans) < 2 or spans.get("image", (0, 0))[1] > _TOGETHER:
+        return {name: _at(fd, offset, size) for name, (offset, size) in spans.items()}
+    start = min(offset for offset, _ in spans.values())
+    size = max(offset + size for offset, size in spans.values()) - start
+    if size > 2 * _TOGETHER:
+        return {name: _at(fd, offset, size) for name, (offset, size) in spans.items()}
     data = _at(fd, start, size)
-    if len(spans) == 1:
-        return dict.fromkeys(spans, data)
     return {name: data[offset - start : offset - start + size] for name, (offset, size) in spans.items()}
 
 
