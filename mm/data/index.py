@@ -17,6 +17,7 @@ from mm.data.table import IMAGES, NONE, PARTS, Shard, Table
 from mm.data.tar import BLOCK
 
 LARGEST_TEXT = 1 << 20  # bytes of a caption or of metadata
+_PAGE = 64  # samples between two known places of keys
 
 
 class Entry(NamedTuple):
@@ -74,7 +75,11 @@ class ShardIndex:
         self._parts = [parts if isinstance(parts, tuple) else tuple(parts[place]) for place in range(len(self.shards))]
         self._starts = _starts([about.rows for about in self.table.shards])
         self._bounds = self._starts.tolist()  # for one sample bisect is ten times as fast
-        self._key_starts = _starts([about.key_bytes for about in self.table.shards])
+        sizes = self.table.columns["key_sizes"]
+        pages: NDArray[np.int64] | list[int] = []
+        if len(sizes):
+            pages = np.add.reduceat(sizes, range(0, len(sizes), _PAGE), dtype=np.int64)
+        self._anchors = _starts(pages)
         usable = self._usable()
         self._rows = None if usable.all() else np.flatnonzero(usable)
         ends = self._starts.tolist()
@@ -110,9 +115,13 @@ class ShardIndex:
         return self._key(self.row(number), self.shard_of(number))
 
     def _key(self, row: int, shard: int) -> str:
-        ends, base = self.table.columns["key_ends"], int(self._key_starts[shard])
-        start = 0 if row == self._starts[shard] else int(ends[row - 1])
-        return self.table.columns["keys"][base + start : base + int(ends[row])].tobytes().decode("utf-8", "replace")
+        start, size = self._key_start(row), int(self.table.columns["key_sizes"][row])
+        return self.table.columns["keys"][start : start + size].tobytes().decode("utf-8", "replace")
+
+    def _key_start(self, row: int) -> int:
+        """Where the key of a row begins, from the sum that is kept for every so many."""
+        page = row // _PAGE
+        return int(self._anchors[page] + self.table.columns["key_sizes"][page * _PAGE : row].sum(dtype=np.int64))
 
     def span(self, number: int, part: str) -> tuple[int, int]:
         """Offset and size in bytes of a part of sample `number`; size -1: it has none."""
@@ -150,10 +159,10 @@ class ShardIndex:
 
     def _alike(self, shard: int, now: Table, rows: int) -> bool:
         """Whether the first `rows` samples of a shard and of `now` are the same, at the same places."""
-        first, columns, base = int(self._starts[shard]), self.table.columns, int(self._key_starts[shard])
-        bytes_ = int(now.columns["key_ends"][rows - 1]) if rows else 0
+        first, columns = int(self._starts[shard]), self.table.columns
+        base, bytes_ = self._key_start(first), int(now.columns["key_sizes"][:rows].sum(dtype=np.int64))
         pairs = [(columns["keys"][base : base + bytes_], now.columns["keys"][:bytes_])]
-        for name in ("key_ends", *(f"{part}.{what}" for part in PARTS for what in ("block", "size"))):
+        for name in ("key_sizes", *(f"{part}.{what}" for part in PARTS for what in ("block", "size"))):
             then, there = columns.get(name), now.columns.get(name)
             if then is None and there is None:
                 continue
@@ -223,5 +232,5 @@ class ShardIndex:
         )
 
 
-def _starts(counts: Sequence[int]) -> NDArray[np.int64]:
+def _starts(counts: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(np.asarray(counts, np.int64))]).astype(np.int64)

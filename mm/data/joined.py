@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import itertools
 import os
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from tqdm import tqdm
 
 from mm.config import ConfigError
-from mm.data import remote, sidecar, table
+from mm.data import remote, sidecar, table, table_file
 from mm.data.table import Table
 
 _MANY = 32  # shards from which on their joined table is kept for the next start
@@ -29,7 +30,7 @@ def open_table(shards: Sequence[str], *, anew: bool = False, options: remote.Opt
     kept = _joined(shards, stamps)
     if len(shards) >= _MANY and not anew:
         try:
-            return table.load(kept)
+            return table_file.load(kept)
         except (OSError, ValueError):  # not there yet, or of another version
             pass
     many = ThreadPoolExecutor(_THREADS if any(map(remote.is_remote, shards)) else 1)
@@ -42,7 +43,7 @@ def open_table(shards: Sequence[str], *, anew: bool = False, options: remote.Opt
     if len(shards) >= _MANY and not any(about.unreadable for about in whole.shards):  # it may be readable next time
         _keep(whole, kept)
         if os.path.exists(kept):
-            return table.load(kept)
+            return table_file.load(kept)
     return whole
 
 
@@ -96,10 +97,11 @@ def _keep(whole: Table, path: str) -> None:
     folder = os.path.dirname(path)
     try:
         os.makedirs(folder, exist_ok=True)
-        table.write(whole, path)
+        table_file.write_apart(whole, path)
         others = sorted((e for e in os.scandir(folder) if e.name.endswith(sidecar.SUFFIX)), key=_age)
         for entry in others[:-_KEPT]:
-            os.unlink(entry.path)
+            for name in glob.glob(glob.escape(entry.path) + "*"):
+                os.unlink(name)
     except OSError:
         pass
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from mm.data import img2dataset, remote
-from mm.data.table import NONE, PARTS, Shard, Table, build, from_bytes, keys_of, load, same_samples, to_bytes, write
+from mm.data.table import NONE, PARTS, Shard, Table, build, keys_of, same_samples
+from mm.data.table_file import from_bytes, load, to_bytes, write
 from mm.data.tar import File, Scan, Stream, open_file
 
 SUFFIX = ".mmindex"

@@ -107,8 +107,9 @@ class Likeness:
 
     def __init__(self, index: ShardIndex, kind: Literal["text", "aspect"], shapes: Sequence[tuple[int, int]]) -> None:
         self.index, self.kind, self.shapes = index, kind, list(shapes)
+        self._known: tuple[NDArray[np.uint16], NDArray[np.uint16]] | None = None
         columns = index.table.columns
-        if kind == "aspect" and not {"width", "height"} <= set(columns):
+        if kind == "aspect" and index.table.look("width") is None:
             raise ConfigError(
                 "data.buckets = 'aspect': no index that holds the pictures' sizes; run mm shards index on data.train"
             )
@@ -120,6 +121,17 @@ class Likeness:
     def __call__(self, numbers: NDArray[np.int64]) -> NDArray[Any]:
         rows, columns = self.index.rows(numbers), self.index.table.columns
         if self.kind == "aspect":
-            return aspect_codes(columns["width"][rows], columns["height"][rows], self.shapes)
+            width, height = self._sides()
+            return aspect_codes(width[rows], height[rows], self.shapes)
         sizes = self.index.table.sizes("txt" if "txt.size" in columns else "caption")[rows]
         return length_codes(np.where(sizes == NONE, 0, sizes), _EDGES)
+
+    def _sides(self) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+        if self._known is None:
+            width, height = self.index.table.look("width"), self.index.table.look("height")
+            assert width is not None and height is not None, "looked for when this was made"
+            self._known = width, height
+        return self._known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}

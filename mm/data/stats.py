@@ -19,6 +19,7 @@ from mm.data.captions import per_source
 from mm.data.index import ShardIndex
 from mm.data.reader import Reader
 from mm.data.shards import expand
+from mm.data.table import LOOKS
 
 ASPECTS = ((1, 2), (9, 16), (2, 3), (3, 4), (4, 5), (1, 1), (5, 4), (4, 3), (3, 2), (16, 9), (2, 1))  # width, height
 SMALL = 224  # pixels on the short side
@@ -76,7 +77,7 @@ def stats(spec: str, caption: str = "txt", progress: bool = True) -> dict[str, A
 
 def _column(index: ShardIndex, name: str) -> NDArray[np.int64]:
     """A column of the index for its usable samples; zeros where no shard has it."""
-    column = index.table.columns.get(name)
+    column = index.table.look(name) if name in LOOKS else index.table.columns.get(name)
     rows = index.rows(np.arange(len(index)))
     return np.zeros(len(rows), np.int64) if column is None else column[rows].astype(np.int64)
 

@@ -192,12 +192,12 @@ SIDECARS: dict[str, Callable[[bytes], bytes]] = {
     "a flipped bit": lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
     "places behind the shard": lambda content: raised(content, "image.block", 1 << 20),
     "images of 4 GiB": lambda content: raised(content, "image.size", NEARLY_4_GIB),
-    "keys of 4 GiB": lambda content: raised(content, "key_ends", NEARLY_4_GIB),
+    "keys of 64 KiB": lambda content: raised(content, "key_sizes", 65535, width=2),
     "columns behind the file": offsets("image.block", 1 << 40, (1 << 40) + 16),
     "columns of huge offsets": offsets("keys", 10**30, 10**30 + 8),
     "columns before the file": offsets("keys", -8, 0),
     "no keys": change(lambda head, _: head.pop("keys")),
-    "no key ends": change(lambda head, _: head.pop("key_ends")),
+    "no key sizes": change(lambda head, _: head.pop("key_sizes")),
     "sizes without places": change(lambda head, _: head.pop("image.block")),
     "an unknown type": change(lambda head, _: head["image.size"].update(dtype="F64")),
     "more rows": shard(rows=9),
@@ -213,12 +213,12 @@ SIDECARS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def raised(content: bytes, name: str, number: int) -> bytes:
+def raised(content: bytes, name: str, number: int, width: int = 4) -> bytes:
     """A sidecar whose column holds a number in every row, as if it had been written so."""
     size = int.from_bytes(content[:8], "little")
     first, last = json.loads(content[8 : 8 + size])[name]["data_offsets"]
     body = bytearray(content)
-    body[8 + size + first : 8 + size + last] = number.to_bytes(4, "little") * ((last - first) // 4)
+    body[8 + size + first : 8 + size + last] = number.to_bytes(width, "little") * ((last - first) // width)
     return change(lambda head, about: None)(bytes(body))
 
 
