@@ -18,6 +18,7 @@ from mm.data.tar import BLOCK
 
 LARGEST_TEXT = 1 << 20  # bytes of a caption or of metadata
 _PAGE = 64  # samples between two known places of keys
+_PIECE = 1 << 15  # rows looked at at once
 
 
 class Entry(NamedTuple):
@@ -78,17 +79,19 @@ class ShardIndex:
         sizes = self.table.columns["key_sizes"]
         pages: NDArray[np.int64] | list[int] = []
         if len(sizes):
-            pages = np.add.reduceat(sizes, range(0, len(sizes), _PAGE), dtype=np.int64)
+            pages = np.add.reduceat(sizes, np.arange(0, len(sizes), _PAGE), dtype=np.int64)
         self._anchors = _starts(pages)
-        usable = self._usable()
-        self._rows = None if usable.all() else np.flatnonzero(usable)
-        ends = self._starts.tolist()
-        self.sizes = np.array([np.count_nonzero(usable[a:b]) for a, b in itertools.pairwise(ends)], np.int64)
+        self._bad = self._unusable()  # rows; few, so that a sample's row is its number and the bad ones before it
+        self._gaps = self._bad - np.arange(len(self._bad))
+        edges = np.searchsorted(self._bad, self._starts)
+        self.sizes = np.diff(self._starts) - np.diff(edges)
+        for place, about in enumerate(self.table.shards):
+            self._enter(place, about, self._bad[edges[place] : edges[place + 1]])
         if not len(self):
             raise ConfigError(self._nothing(spec or "::".join(self.shards[:3])))
 
     def __len__(self) -> int:
-        return len(self.table) if self._rows is None else len(self._rows)
+        return len(self.table) - len(self._bad)
 
     @property
     def keys(self) -> Keys:
@@ -96,11 +99,11 @@ class ShardIndex:
 
     def row(self, number: int) -> int:
         """Where sample `number` stands in the table."""
-        return number if self._rows is None else int(self._rows[number])
+        return number + int(np.searchsorted(self._gaps, number, side="right")) if len(self._gaps) else number
 
     def rows(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """The same for many."""
-        return numbers if self._rows is None else self._rows[numbers]
+        return numbers + np.searchsorted(self._gaps, numbers, side="right") if len(self._gaps) else numbers
 
     def shard_of(self, number: int) -> int:
         """The shard of sample `number`."""
@@ -171,38 +174,37 @@ class ShardIndex:
             pairs.append((one, other[:rows]))
         return all(np.array_equal(one, other) for one, other in pairs)
 
-    def _usable(self) -> NDArray[np.bool_]:
-        """Which rows of the table can be used; enters the others in the ledger."""
-        images = self.table.sizes("image")
-        usable = (images != NONE) & (images != 0)
+    def _unusable(self) -> NDArray[np.int64]:
+        """Rows of the table that cannot be used, a piece of it at a time so that memory stays small."""
+        found = [np.empty(0, np.int64)]
         first = 0
-        for parts, same in itertools.groupby(
-            zip(self._parts, self.table.shards, strict=True), key=lambda pair: pair[0]
-        ):
-            last = first + sum(about.rows for _, about in same)
-            some = np.zeros(last - first, np.bool_)
-            for part in parts:
-                sizes = self.table.sizes(part)[first:last]
-                some |= (sizes > 0) & (sizes <= LARGEST_TEXT)
-            usable[first:last] &= some
+        kinds = zip(self._parts, [bool(about.unreadable) for about in self.table.shards], strict=True)
+        counts = iter(np.diff(self._starts).tolist())
+        for (parts, lost), same in itertools.groupby(kinds):
+            last = first + sum(next(counts) for _ in same)
+            for start in range(first, last, _PIECE):
+                rows = slice(start, min(start + _PIECE, last))
+                images = self.table.sizes("image", rows)
+                good = (images != NONE) & (images != 0) & (not lost)
+                some = np.zeros(len(good), np.bool_)
+                for part in parts:
+                    sizes = self.table.sizes(part, rows)
+                    some |= (sizes > 0) & (sizes <= LARGEST_TEXT)
+                found.append(start + np.flatnonzero(~(good & some)))
             first = last
-        for place, about in enumerate(self.table.shards):
-            self._enter(place, about, usable)
-        return usable
+        return np.concatenate(found)
 
-    def _enter(self, place: int, about: Shard, usable: NDArray[np.bool_]) -> None:
-        name, (first, last) = self.shards[place], self._starts[place : place + 2]
+    def _enter(self, place: int, about: Shard, bad: NDArray[np.int64]) -> None:
+        """Enters one shard in the ledger, with its unusable rows."""
+        name = self.shards[place]
         self.seen += about.rows + len(about.lost)
-        self.rejected += len(about.lost)
+        self.rejected += len(about.lost) + len(bad)
         for key, reason in about.problems:
             self.ledger.append(Entry(name, key, reason))
         if about.unreadable:
-            usable[first:last] = False
-            self.rejected += about.rows
             self.ledger.append(Entry(name, "", f"{about.unreadable}; {about.rows} samples lost"))
             return
-        for row in (first + np.flatnonzero(~usable[first:last])).tolist():
-            self.rejected += 1
+        for row in bad.tolist():
             self.ledger.append(Entry(name, self._key(row, place), self._lacks(row, self._parts[place])))
         if about.damage or not about.rows:
             self.ledger.append(Entry(name, "", about.damage or "holds no sample"))

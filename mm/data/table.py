@@ -79,10 +79,12 @@ class Table:
             return load_file(self.path + APART).get(name)
         return self.columns.get(name)
 
-    def sizes(self, part: str) -> NDArray[np.uint32]:
-        """Bytes of a part, [N]; NONE where a sample lacks it."""
+    def sizes(self, part: str, rows: slice = slice(None)) -> NDArray[np.uint32]:
+        """Bytes of a part, [N] or of some rows; NONE where a sample lacks it."""
         column = self.columns.get(f"{part}.size")
-        return np.full(len(self), NONE, np.uint32) if column is None else column
+        if column is None:
+            return np.full(len(self.columns["key_sizes"][rows]), NONE, np.uint32)
+        return column[rows]
 
 
 def build(shard: Shard, scan: Scan) -> Table:

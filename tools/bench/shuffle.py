@@ -1,4 +1,5 @@
-"""How well a block-wise order mixes, against webdataset's shuffle buffer over shuffled shards, both of one size.
+"""How well a block-wise order mixes, against webdataset's shuffle buffer over shuffled shards: both at their defaults,
+the buffer's being that of open_clip's trainer, and both at either size.
 
 A sample's way from its place in the index says little: shuffling shards alone makes it that of a uniform permutation.
 So the ratio is of the way from its place in the order of reading, the shards joined: what blocks or buffer add.
@@ -15,11 +16,13 @@ import webdataset as wds
 from _common import report
 from numpy.typing import NDArray
 
+from mm.config import DataConfig
 from mm.data.order import Order
 
 SHARDS, SHARD, BATCH = 100, 1000, 256
 N = SHARDS * SHARD
-SIZES, ROUNDS = (4096, 16_384), 7
+BUFFER, BLOCK, ROUNDS = 5000, DataConfig().shuffle_block, 7
+SIZES = (BUFFER, BLOCK)
 
 
 def ours(block: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -65,9 +68,9 @@ def main() -> None:
         for name in sides["ours"]:
             print(f"{size:>6} {name:<22} {sides['ours'][name]:8.4f} against {sides['peer'][name]:8.4f}")
     report(
-        f"way of a sample from where it is read, block against wds.shuffle of {SIZES[0]}, {SHARDS} shards of {SHARD}",
-        [one["mean_way"] for one in found[SIZES[0]]["ours"]],
-        [one["mean_way"] for one in found[SIZES[0]]["peer"]],
+        f"way of a sample from where it is read, {SHARDS} shards of {SHARD}, blocks of {BLOCK}, buffer of {BUFFER}",
+        [one["mean_way"] for one in found[BLOCK]["ours"]],
+        [one["mean_way"] for one in found[BUFFER]["peer"]],
         unit="of a uniform permutation's",
         mark=1.0,
         better="higher",
