@@ -9,6 +9,7 @@ import os
 import queue
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,18 +29,21 @@ def in_workers(batches: Batches, numbers: range, workers: int, depth: int) -> It
     # a forked copy of a process with threads and CUDA may hang: workers start from a clean, small server process
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mm.data.batches"])
-    loader: DataLoader[Made | Failure] = DataLoader(
-        Carried(batches),
-        batch_size=None,  # a worker makes whole batches
-        sampler=numbers,
-        num_workers=workers,
-        collate_fn=_same,
-        worker_init_fn=_start_worker,
-        multiprocessing_context=context,
-        prefetch_factor=depth,
-        generator=torch.Generator(),  # else it draws from the global one, and workers would change the run
-    )
-    for made in loader:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: as asked
+        loader: DataLoader[Made | Failure] = DataLoader(
+            Carried(batches),
+            batch_size=None,  # a worker makes whole batches
+            sampler=numbers,
+            num_workers=workers,
+            collate_fn=_same,
+            worker_init_fn=_start_worker,
+            multiprocessing_context=context,
+            prefetch_factor=depth,
+            generator=torch.Generator(),  # else it draws from the global one, and workers would change the run
+        )
+        made_ahead = iter(loader)
+    for made in made_ahead:
         if isinstance(made, Failure):
             raise made.error from RuntimeError(f"in a data worker:\n{made.trace}")
         yield made

@@ -58,7 +58,7 @@ def _over(shards: Sequence[str], work: Callable[[str], Report], workers: int, wh
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mm.data.indexing"])
     with (
-        ProcessPoolExecutor(count, mp_context=context, initializer=_ignore_interrupts) as pool,
+        ProcessPoolExecutor(count, context, _start_worker, (str(sidecar.cache_folder()),)) as pool,
         tqdm(total=total or None, desc=what, unit="B", unit_scale=True, disable=None) as bar,
     ):
         waiting = {pool.submit(work, shard) for shard in shards}
@@ -75,8 +75,9 @@ def _over(shards: Sequence[str], work: Callable[[str], Report], workers: int, wh
     return [found[shard] for shard in shards]
 
 
-def _ignore_interrupts() -> None:
+def _start_worker(cache: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides; no sidecar is left half written
+    os.environ["MM_CACHE"] = cache  # the fork server may have been started before it was set
 
 
 def _index_one(shard: str) -> Report:
