@@ -16,7 +16,7 @@ mm: shared vision and text encoders, trained by a contrastive and a diffusion ob
 
   mm demo       data, training, evaluation, pictures and a report, on an embedded real data set
                   mm demo --minutes 8 --out runs/demo
-  mm shards     write image-caption shards: OpenMoji, or a folder of your own
+  mm shards     write, index, verify and count image-caption shards
                   mm shards openmoji shards/openmoji
                   mm shards folder photos shards/photos --captions photos.csv
   mm train      train what a config file describes; the same command resumes

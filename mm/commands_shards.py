@@ -35,7 +35,8 @@ def openmoji(argv: Sequence[str]) -> int:
     args = parser.read(argv)
     from mm.data import build
 
-    build.openmoji(args.out)
+    manifest = build.openmoji(args.out)
+    print(f"{args.out}: {sum(manifest['samples'].values()):,} samples in {len(manifest['shards'])} shards, indexed")
     return 0
 
 
@@ -53,7 +54,8 @@ def folder(argv: Sequence[str]) -> int:
         raise UsageError(f"--{next(iter(given)).replace('_', '-')}: needs the table it is a column of, --captions FILE")
     from mm.data import build
 
-    build.folder(args.dir, args.out, **({"captions": args.captions} if args.captions else {}), **given)
+    manifest = build.folder(args.dir, args.out, **({"captions": args.captions} if args.captions else {}), **given)
+    print(f"{args.out}: {sum(manifest['samples'].values()):,} samples in {len(manifest['shards'])} shards, indexed")
     return 0
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
-import multiprocessing.connection
-import os
 import queue
 import signal
 import threading
@@ -17,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mm.data.batches import Batches, Carried, Failure, Made
+from mm.data.watch import end_with_parent
 
 _DEPTH = 2  # batches that a thread makes ahead
 
@@ -102,17 +101,7 @@ def _same(made: Any) -> Any:  # a lambda would not pickle
 
 
 def _start_worker(number: int) -> None:
-    """Ctrl-C and Slurm's warning reach the whole process group; the main process decides, workers go on.
-
-    And they end with it: torch watches the fork server instead, which lives as long as its workers do.
-    """
+    """Ctrl-C and Slurm's warning reach the whole process group; the main process decides, workers go on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    main = multiprocessing.parent_process()
-    if main is not None:
-        threading.Thread(target=_end_with, args=(main.sentinel,), name="mm-watch", daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)  # killed: nobody is left to be told
+    end_with_parent()

@@ -226,11 +226,15 @@ class ShardIndex:
             first = f"; {self.ledger[0].shard!r}: {self.ledger[0].reason}" if self.ledger else ""
             return f"shards {spec!r}: no sample in {len(self.shards)} shard(s){first}"
         seen = ", ".join(sorted({e for about in self.table.shards for e in about.extensions})[:12])
+        asked = {part for parts in self._parts for part in parts}
+        hint = (
+            "; captions in json are named --data.caption json.FIELD" if "json" in seen and "json" not in asked else ""
+        )
         refused = next((f"; {entry.shard!r}: {entry.reason}" for entry in self.ledger if not entry.key), "")
         return (
             f"shards {spec!r}: none of {self.seen} samples has an image ({', '.join(IMAGES)}) and a caption "
             f"({', '.join(dict.fromkeys(p for parts in self._parts for p in parts))}); member extensions seen: {seen}"
-            f"{refused}"
+            f"{refused}{hint}"
         )
 
 

@@ -17,6 +17,7 @@ from mm.data import sidecar
 from mm.data.joined import open_table
 from mm.data.shards import expand
 from mm.data.table import Table, keys_of
+from mm.data.watch import end_with_parent
 
 _NAMED = 5  # keys that a line of the report names
 
@@ -77,6 +78,7 @@ def _over(shards: Sequence[str], work: Callable[[str], Report], workers: int, wh
 
 def _start_worker(cache: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides; no sidecar is left half written
+    end_with_parent()
     os.environ["MM_CACHE"] = cache  # the fork server may have been started before it was set
 
 
@@ -90,7 +92,9 @@ def _index_one(shard: str) -> Report:
         return Report(shard, 0, 0, f"cannot be indexed: {error.strerror or error}", failed=True)
     about = new.shards[0]
     problem = _problem(about.damage, about.lost, about.partial)
-    return Report(shard, about.bytes, about.rows, problem, "", len(about.lost) + len(about.partial), new is not old)
+    changed = old is not None and old.shards[0].sha256 not in ("", about.sha256)
+    note = "changed since they were indexed: the index now says what is there" if changed else ""
+    return Report(shard, about.bytes, about.rows, problem, note, len(about.lost) + len(about.partial), new is not old)
 
 
 def _verify_one(shard: str) -> Report:

@@ -77,7 +77,8 @@ class Loader:
         self._seen = self._bad = self._found = self._in_a_row = 0
         self._note(self.index.ledger)
         if self.index.rejected > max_error_rate * self.index.seen:
-            raise ConfigError(self._too_many(self.index.rejected, self.index.seen, f"shards {spec!r}"))
+            problem = self._too_many(self.index.rejected, self.index.seen, f"shards {spec!r}")
+            raise ConfigError(f"{problem}; mm shards stats counts them by reason")
         order = sources.order(seed, shuffle_block) if train else None
         grouped = (
             order if order is None or buckets == "none" else by_likeness(order, self.index, buckets, shapes, batch_size)

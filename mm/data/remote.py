@@ -33,12 +33,16 @@ class Facts(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Tries in a row that bring nothing; seconds without progress; seconds before the second try; bytes of a piece."""
+    """Tries in a row that bring nothing; seconds without progress; seconds before the second try; bytes of a piece.
+
+    `patience`: seconds of waiting between tries that an outage is given at least, where they fail at once.
+    """
 
     tries: int = 5
     stall: float = 60.0
     first_delay: float = 0.5
     chunk: int = 8 << 20
+    patience: float = 0.0
 
 
 DEFAULTS = Options()
@@ -195,8 +199,9 @@ def _again(
     url: str, problem: transport.Problem, failures: int, options: Options, error: Exception, where: str = ""
 ) -> None:
     """Returns when it is time for another try. Raises Unavailable where there is none."""
-    if problem.kind != "failed" or failures >= options.tries:
+    delays = [min(options.first_delay * 2**number, _LONGEST_DELAY) for number in range(failures)]
+    patient = sum(delays[:-1]) < options.patience and not problem.what.startswith("stalled")  # that took its own time
+    if problem.kind != "failed" or (failures >= options.tries and not patient):
         count = f" ({failures} tries)" if failures > 1 else ""
         raise Unavailable(f"{url}: {problem.what}{where}{count}", problem.kind) from error
-    delay = min(options.first_delay * 2 ** (failures - 1), _LONGEST_DELAY)
-    time.sleep(delay * _jitter.uniform(0.5, 1.0))  # so that many workers do not come back at once
+    time.sleep(delays[-1] * _jitter.uniform(0.5, 1.0))  # so that many workers do not come back at once

@@ -14,6 +14,7 @@ from mm.config import ConfigError
 from mm.data.remote import check, is_remote
 from mm.data.remote import glob as matches_there
 
+SUFFIX = ".mmindex"  # of a shard's sidecar
 SPLITS = ("train", "dev", "val")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _MOST_SHARDS = 1_000_000
@@ -69,11 +70,14 @@ def expand(spec: str, *, mixed: bool = False) -> list[str]:
 
 
 def _matches(name: str) -> list[str]:
-    if os.path.isdir(name):
-        return sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
+    """Local files; of a folder or pattern also shards that are gone and whose index is still there, to be missed."""
     if os.path.isfile(name):
         return [name]
-    return sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+    folder = os.path.isdir(name)
+    pattern = os.path.join(glob.escape(name), "*.tar") if folder else name
+    found = {path for path in glob.glob(pattern, recursive=True) if folder or os.path.isfile(path)}
+    indexed = {path.removesuffix(SUFFIX) for path in glob.glob(pattern + SUFFIX, recursive=True)}
+    return sorted(found | {path for path in indexed if not os.path.exists(path)})
 
 
 def _braces(pattern: str) -> Iterator[str]:

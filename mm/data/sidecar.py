@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from mm.data import img2dataset, remote
+from mm.data.shards import SUFFIX
 from mm.data.table import NONE, PARTS, Shard, Table, build, keys_of, same_samples
 from mm.data.table_file import from_bytes, load, to_bytes, write
 from mm.data.tar import File, Scan, Stream, open_file
 
-SUFFIX = ".mmindex"
 LOCAL = "mtime:"  # how the version of a local file begins
 _CHUNK = 4 << 20
 _MOST_LOST = 1_000_000

@@ -35,7 +35,7 @@ class Access(NamedTuple):
 
     @property
     def options(self) -> Options:
-        return Options(stall=self.stall_seconds)
+        return Options(stall=self.stall_seconds, patience=self.stall_seconds)
 
     def store(self, index: ShardIndex) -> ShardCache | None:
         """Where they are fetched to; None where all shards are local."""

@@ -227,7 +227,7 @@ def _loop(trainer: Trainer, stop: Stop) -> None:
             batches = iter(trainer.loader)
             while trainer.step < config.run.steps:
                 record = _advance(trainer, batches)
-                ledger.write(trainer.loader.ledger)
+                _tell(ledger.write(trainer.loader.ledger), len(trainer.loader.ledger))
                 stopping = bool(stop) and trainer.step < config.run.steps
                 found: dict[str, float] = {}
                 for callback in trainer.callbacks:
@@ -246,6 +246,14 @@ def _loop(trainer: Trainer, stop: Stop) -> None:
     finally:
         log.close()
         ledger.write(trainer.loader.ledger)
+
+
+def _tell(added: list[Any], known: int) -> None:
+    """A line on the screen where a shard is damaged or lost, and one for the first samples that cannot be used."""
+    for entry in [entry for entry in added if not entry.key][:5]:
+        say(f"{entry.shard}: {entry.reason}")
+    if added and known == len(added):
+        say(f"{known} entries in ledger.jsonl: what cannot be used is replaced, and counted as unusable")
 
 
 def _advance(trainer: Trainer, batches: Iterator[Batch]) -> dict[str, Any]:

@@ -58,8 +58,9 @@ class LedgerFile:
         self._lines = set(text.splitlines())
         self._cut = bool(text) and not text.endswith("\n")  # a kill in the middle of a line
 
-    def write(self, entries: Sequence[Any]) -> None:
-        """Add what a growing list of entries holds beyond those of the last call."""
+    def write(self, entries: Sequence[Any]) -> list[Any]:
+        """Add what a growing list of entries holds beyond those of the last call, which is returned."""
+        added = list(entries[self._seen :])
         lines = dict.fromkeys(json.dumps(entry._asdict()) for entry in entries[self._seen :])
         self._seen = len(entries)
         new = [line for line in lines if line not in self._lines]
@@ -68,6 +69,7 @@ class LedgerFile:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("\n" * self._cut + "".join(line + "\n" for line in new))
             self._cut = False
+        return added
 
 
 def _step(line: str) -> float:

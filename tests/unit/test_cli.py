@@ -263,10 +263,12 @@ def test_demo_hands_on_minutes_folder_and_seeds(monkeypatch: pytest.MonkeyPatch)
     assert calls == [(8.0, "runs/demo", 0, 1), (0.5, "o", 3, 2)]
 
 
-def test_shards_hand_on_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    openmoji, folder = Fake(), Fake()
+def test_shards_hand_on_what_was_given(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = {"samples": {"train": 1200, "val": 34}, "shards": ["train-000000.tar", "val-000000.tar"]}
+    openmoji, folder = Fake(manifest), Fake(manifest)
     fake_module(monkeypatch, "mm.data.build", openmoji=openmoji, folder=folder)
     assert main(["shards", "openmoji", "out"]) == 0
+    assert capsys.readouterr().out == "out: 1,234 samples in 2 shards, indexed\n"
     assert openmoji.calls == [(("out",), {})]
     assert main(["shards", "folder", "in", "out"]) == 0
     assert main(["shards", "folder", "in", "out", "--captions", "c.csv", "--caption-column", "text"]) == 0
