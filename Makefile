@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: demo test test-all lint bench help clean
+.PHONY: demo test test-all static lint bench help clean
 
 PYTHON ?= python3
 MINUTES ?= 8
@@ -25,6 +25,9 @@ test: lint ## lint and the fast tests
 
 test-all: lint ## lint and every test, slow ones too
 	$(BIN)/python -m pytest -q -m "slow or not slow" $(ARGS)
+
+static: $(STAMP) ## shipped kernels compiled for four GPU architectures, no GPU needed; ARGS=--update commits figures
+	$(BIN)/python kernels/static $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from mm_kernels.adaln_modulate import reference
+from mm_kernels.adaln_modulate.op import AdalnModulate, adaln_modulate_op
+from mm_kernels.qk_norm_rope import forward_mode
+from mm_kernels.runtime import use_triton
+
+__all__ = ["adaln_modulate"]
 
 
 def adaln_modulate(
@@ -17,12 +22,22 @@ def adaln_modulate(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """norm(x) * (1 + scale) + shift for x `[B, N, D]` and shift, scale `[B, D]`, in the type of shift.
 
-    With `gate` `[B, D]` and `residual` `[B, N, D]`, the gated branch is first added: h = residual + gate * x, and the
-    pair (modulated norm of h, h) is returned.
+    With `residual` `[B, N, D]` and, if given, `gate` `[B, D]`, the gated branch is added first: h = residual + gate*x,
+    and the pair (modulated norm of h, h) is returned. Statistics are in float32; float64 in float64. Raises ValueError
+    where shapes do not fit, and for a gate without a residual.
     """
-    if residual is not None:
-        x = residual + (x if gate is None else gate[:, None] * x)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = F.layer_norm(wide, wide.shape[-1:], eps=eps)
-    out = (normed * (1 + scale[:, None]) + shift[:, None]).to(shift.dtype)
-    return out if residual is None else (out, x)
+    samples, _, width = x.shape
+    for name, vector in (("shift", shift), ("scale", scale), ("gate", gate)):
+        if vector is not None and vector.shape != (samples, width):
+            raise ValueError(f"{name} {[*vector.shape]} for x {[*x.shape]}: [{samples}, {width}]")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual {[*residual.shape]} for x {[*x.shape]}: the same shape")
+    if gate is not None and residual is None:
+        raise ValueError("gate without residual: there is nothing to add the gated x to")
+    if not use_triton(x):
+        out, h = reference.forward(x, shift, scale, gate, residual, eps)
+    elif forward_mode.active():
+        out, h = AdalnModulate.apply(x, shift, scale, gate, residual, eps)
+    else:
+        out, h = adaln_modulate_op(x, shift, scale, gate, residual, eps)
+    return out if residual is None else (out, h)

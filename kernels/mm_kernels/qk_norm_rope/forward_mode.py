@@ -1,0 +1,31 @@
+"""Forward-mode derivatives and custom ops: which of the two a call may take.
+
+torch gives a custom op no forward-mode rule: under `torch.func.jvp` its tangents would be zeros, and nothing would say
+so. Where a forward-mode level is open, public functions therefore take an autograd.Function that has a `jvp`, and the
+op refuses to run. The level is all that an op can go by: functorch takes the tangents off before it is called.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def active() -> bool:
+    """Whether a forward-mode level is open: `torch.func.jvp`, or `torch.autograd.forward_ad.dual_level`."""
+    return forward_ad._current_level >= 0
+
+
+def refuse(name: str) -> None:
+    """Raises NotImplementedError where a forward-mode level is open."""
+    if active():
+        raise NotImplementedError(
+            f"mm::{name} has no forward-mode rule: call the function of mm_kernels, not the op; "
+            "gradients by backward are to be had after the forward-mode level is closed"
+        )
+
+
+def moved(tangent: Tensor | None, like: Tensor) -> Tensor:
+    """The tangent or gradient; zeros where there is none."""
+    return torch.zeros_like(like) if tangent is None else tangent

@@ -1,0 +1,64 @@
+"""The Triton form of `mm::attention` as torch sees it: opcheck, compile, export, forward mode, types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from exact_attention import exact_attention, inputs, offsets
+from torch import Tensor
+
+from mm_kernels.attention import attention, attention_jvp
+
+KERNELS = "attention_forward", "attention_delta", "attention_dq", "attention_dkdv"
+
+
+def test_the_tangent_has_no_backward_and_the_op_no_forward_mode() -> None:
+    tensors = [tensor.requires_grad_() for tensor in inputs(3, 3, 1, 1, 16)]
+    _, tangent = attention_jvp(*tensors, *tensors)
+    with pytest.raises(NotImplementedError, match="detach"):
+        tangent.sum().backward()
+    op, rest = torch.ops.mm.attention, (None, None, None, 3, 3, False, 0.25)
+    detached = tuple(tensor.detach() for tensor in tensors)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda *tensors: op(*tensors, *rest), detached, detached)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_the_op_keeps_torchs_contract(packed: bool) -> None:
+    tensors = [x.requires_grad_() for x in inputs(9, 9, 2, 1, 16, None if packed else 2)]
+    places = (None, offsets(4, 5), offsets(4, 5)) if packed else (torch.ones(2, 9, dtype=torch.bool), None, None)
+    torch.library.opcheck(torch.ops.mm.attention, (*tensors, *places, 9, 9, True, 0.25))
+
+
+def test_compiled_calls_launch_the_kernels(launched: Any) -> None:
+    tensors = [tensor.requires_grad_() for tensor in inputs(9, 9, 2, 1, 16)]
+    compiled = torch.compile(lambda *tensors: attention(*tensors, causal=True) * 2, backend="aot_eager", fullgraph=True)
+    with launched(*KERNELS):
+        out = compiled(*tensors)
+        grads = torch.autograd.grad(out.sum(), tensors)
+    plain = attention(*tensors, causal=True) * 2
+    assert torch.equal(out, plain)
+    for a, b in zip(grads, torch.autograd.grad(plain.sum(), tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_exported_models_hold_the_op() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, k, v, causal=True)
+
+    tensors = tuple(inputs(9, 9, 2, 1, 16))
+    program = torch.export.export(Model(), tensors)
+    assert any("mm.attention" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(program.module()(*tensors), Model()(*tensors))
+
+
+def test_types_that_the_kernels_do_not_take_are_torchs_and_mixed_ones_refused() -> None:
+    tensors = [tensor.double() for tensor in inputs(5, 6, 1, 1, 16)]
+    torch.testing.assert_close(attention(*tensors), exact_attention(*tensors)[0])
+    with pytest.raises(ValueError, match="one type"):
+        attention(tensors[0].float(), tensors[1].half(), tensors[2].half())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(tensors[0].float(), tensors[1].half(), tensors[2].half()).dtype == torch.bfloat16

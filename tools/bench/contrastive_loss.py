@@ -1,0 +1,117 @@
+"""The contrastive loss of large batches on a CPU, forward and backward: time and extra peak memory against open_clip.
+
+Times of both alternate in one process; the memory of each is that of a fresh process, less what it had before.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _common import alternate, arguments, report
+from torch import Tensor
+
+TIME, MEMORY = 1 / 0.6, 10.0  # how much faster and smaller ours is to be
+SCALE = 14.3  # 1 / 0.07, where CLIP starts
+
+
+def batch(pairs: int, width: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    image = F.normalize(torch.randn(pairs, width), dim=-1)
+    text = F.normalize(image + torch.randn(pairs, width) * 2 / width**0.5, dim=-1)
+    return [x.requires_grad_() for x in (image, text, torch.tensor([SCALE]))]
+
+
+def losses() -> dict[str, Callable[..., Tensor]]:
+    from open_clip.loss import ClipLoss
+
+    from mm_kernels import contrastive_loss
+
+    return {"ours": contrastive_loss, "open_clip": ClipLoss()}
+
+
+def step(loss: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss(*inputs), inputs)
+
+
+def peak() -> int:
+    """Bytes that this process has had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def measure_memory(side: str, pairs: int, width: int) -> None:
+    """Print the bytes that a step takes beyond what there was before it; a small step has loaded the libraries."""
+    loss = losses()[side]
+    step(loss, batch(1280, width))  # above the size up to which ours takes all logits at once
+    inputs = batch(pairs, width)
+    ballast = torch.ones(max(0, peak() - resident()) // 4)  # a peak of before must not hide a part of the step's
+    before = resident()
+    step(loss, inputs)
+    print(json.dumps({"bytes": peak() - before, "ballast": ballast.numel()}))
+
+
+def resident() -> int:
+    """Bytes that this process has now."""
+    with open("/proc/self/status") as file:
+        return int(next(line for line in file if line.startswith("VmRSS")).split()[1]) << 10
+
+
+def memory(side: str, pairs: int, width: int) -> int:
+    command = [sys.executable, __file__, "--measure", side, str(pairs), str(width)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["bytes"]
+
+
+def compare(pairs: int, width: int, rounds: int) -> dict[str, Any]:
+    inputs, sides = batch(pairs, width), losses()
+    ours, theirs = (step(loss, inputs) for loss in sides.values())
+    difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
+    assert difference < 1e-4, f"the gradients of the two sides differ by {difference}"
+    seconds = alternate(*(lambda loss=loss: step(loss, inputs) for loss in sides.values()), rounds)
+    extra = [memory(side, pairs, width) for side in sides]
+    return {
+        "pairs": pairs,
+        "seconds": seconds,
+        "time_ratio": median(seconds[0]) / median(seconds[1]),
+        "extra_bytes": extra,
+        "memory_ratio": extra[0] / extra[1],
+        "largest_difference": difference,
+    }
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--measure"]:
+        measure_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        return
+    args = arguments("the contrastive loss of a large batch", pairs=16384, width=512, rounds=5)
+    found = [compare(pairs, args.width, args.rounds) for pairs in (args.pairs // 2, args.pairs)]
+    for row in found:
+        mega = [round(extra / 1e6) for extra in row["extra_bytes"]]
+        print(
+            f"N = {row['pairs']}: time {row['time_ratio']:.2f} of open_clip's (mark 0.6), "
+            f"extra memory {mega[0]} MB, {row['memory_ratio']:.3f} of its {mega[1]} MB (mark 0.1)"
+        )
+    largest = found[-1]
+    report(
+        f"contrastive loss, {largest['pairs']} pairs, width {args.width}, forward and backward, CPU",
+        *largest["seconds"],
+        unit="s",
+        mark=TIME,
+        better="lower",
+        packages=("mm", "torch", "open_clip_torch"),
+        args=args,
+        memory_mark=MEMORY,
+        sizes=found,
+        threads=torch.get_num_threads(),
+    )
+
+
+if __name__ == "__main__":
+    main()
