@@ -61,7 +61,7 @@ def attention_backward_op(
         return reference.forward(q, k, v, *rest)
 
     # Inside an op autograd records nothing; functorch does. The gradient of lse is 0 where a row has none: -inf.
-    _, pull = torch.func.vjp(both, q, k, v)
+    pull = torch.func.vjp(both, q, k, v)[1]
     dlse = torch.zeros_like(lse) if dlse is None else dlse.where(lse.isfinite(), 0.0)
     dq, dk, dv = pull((dout, dlse))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()

@@ -45,7 +45,7 @@ TILES: dict[str, dict[str, tuple[Tile, Tile, Tile, Tile]]] = {
     "sm_100": {
         "forward": (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 32, 8, 2)),
         "dq": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 32, 8, 1)),
-        "dkdv": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 32, 8, 1)),
+        "dkdv": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 1)),
         "tangent": (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
     },
     "gfx942": {
