@@ -12,9 +12,7 @@ from mm_kernels import runtime
 from mm_kernels.attention import backward as backward_kernels
 from mm_kernels.attention import forward as forward_kernels
 from mm_kernels.attention import tangent as tangent_kernels
-from mm_kernels.attention.shipped import pieces, tile
-
-DELTA_ROWS = 64  # a memory-bound kernel: any tile does
+from mm_kernels.attention.shipped import DELTA_ROWS, pieces, tile
 
 
 class Call:
@@ -54,7 +52,8 @@ class Call:
 
     def launch(self, name: str, kernel: Any, tensors: tuple[Tensor, ...]) -> None:
         """One program a block of queries (dkdv: of keys), head and sample, if there are any."""
-        size = tile(name, self.q.dtype, self.width, self.q.device)
+        group = self.heads // self.key_heads
+        size = tile(name, self.q.dtype, self.width, group, self.q.device)
         heads, blocks = self.heads, triton.cdiv(self.max_q, size.queries)
         if name == "dkdv":
             heads, blocks = self.key_heads, triton.cdiv(self.max_k, size.keys)
@@ -65,7 +64,7 @@ class Call:
         kernel[(blocks * heads * self.samples,)](
             *tensors, *self.places, self.scale, blocks, heads, self.max_q, self.max_k,
             self.q.stride(0), self.k.stride(0), self.v.stride(0), *self.strides,
-            GROUP=self.heads // self.key_heads, D=self.width, D1=first, D2=second, BM=size.queries, BN=size.keys,
+            GROUP=group, D=self.width, D1=first, D2=second, BM=size.queries, BN=size.keys,
             PACKED=self.packed, MASKED=self.mask is not None, CAUSAL=self.causal,
             num_warps=size.warps, num_stages=size.stages,
         )  # fmt: skip

@@ -21,40 +21,48 @@ class Tile(NamedTuple):
     stages: int
 
 
+Sizes = tuple[int, int, int, int]  # of a Tile
+Row = tuple[Sizes, Sizes, Sizes, Sizes, Sizes]
+
 # Name, kernel, types of arguments, constexprs, warps, stages, and what differs by architecture.
 Shipped = tuple[str, Any, dict[str, str], dict[str, Any], int, int, dict[str, dict[str, int]]]
 
 INTERPRETED = Tile(32, 16, 4, 1)  # small and unequal, so that small tensors have every kind of block
 
-# By architecture and kernel: half-precision tiles for heads up to 64, 96 and 128 wide, and the float32 tile. Chosen by
-# `make static`: no spills, and on sm_90 the best bound of the hot loop; not yet timed on a GPU. The sm_80 tiles also
-# fit the 99 KB of shared memory of its smaller kin (sm_86, sm_89).
-TILES: dict[str, dict[str, tuple[Tile, Tile, Tile, Tile]]] = {
+DELTA_ROWS = 64  # of the backward's first kernel, which waits for memory alone
+
+# By architecture and kernel: half-precision tiles for heads up to 64, 96 and 128 wide, and float32 ones for heads up to
+# 64 and 128. Chosen by `make static`: no spills, and on sm_90 the best bound of the hot loop; not yet timed on a GPU.
+# The sm_80 tiles also fit the 99 KB of shared memory of its smaller kin (sm_86, sm_89). Keys of several query heads
+# need one more loop, and more registers. One tile spills: float32 tangents of heads wider than 96, on NVIDIA.
+TILES: dict[str, dict[str, Row]] = {
     "sm_80": {
-        "forward": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 32, 8, 2)),
-        "dq": (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 1)),
-        "dkdv": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
-        "tangent": (Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
+        "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2), (32, 32, 8, 1)),
+        "dq": ((64, 64, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1), (16, 16, 8, 2)),
+        "dkdv": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1), (16, 16, 8, 2)),
+        "tangent": ((64, 32, 8, 2), (64, 16, 8, 2), (64, 32, 8, 2), (16, 32, 8, 1), (16, 16, 8, 1)),
     },
     "sm_90": {
-        "forward": (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 32, 8, 2)),
-        "dq": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 32, 8, 1)),
-        "dkdv": (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 1)),
-        "tangent": (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 1)),
+        "forward": ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2), (32, 32, 8, 1)),
+        "dq": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1), (32, 16, 8, 2)),
+        "dkdv": ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1), (32, 16, 8, 2)),
+        "dkdv grouped": ((64, 64, 8, 2), (64, 64, 8, 1), (32, 64, 8, 2), (32, 32, 8, 1), (32, 16, 8, 2)),
+        "tangent": ((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (16, 32, 8, 1), (16, 16, 8, 1)),
     },
     "sm_100": {
-        "forward": (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 32, 8, 2)),
-        "dq": (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 32, 8, 1)),
-        "dkdv": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 1)),
-        "tangent": (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
+        "forward": ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2), (32, 32, 8, 1)),
+        "dq": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (32, 32, 8, 1), (32, 16, 8, 2)),
+        "dkdv": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1), (32, 16, 8, 2)),
+        "dkdv grouped": ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1), (32, 16, 8, 2)),
+        "tangent": ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (16, 32, 8, 1), (16, 16, 8, 1)),
     },
     "gfx942": {
-        "forward": (Tile(128, 64, 4, 1), Tile(128, 64, 4, 1), Tile(128, 32, 4, 2), Tile(64, 32, 4, 1)),
-        "dq": (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
-        "dkdv": (Tile(32, 64, 4, 1), Tile(64, 16, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-        "tangent": (Tile(64, 32, 4, 1), Tile(64, 16, 4, 1), Tile(64, 16, 4, 1), Tile(32, 32, 4, 1)),
+        "forward": ((128, 64, 4, 1), (128, 64, 4, 1), (128, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)),
+        "dq": ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        "dkdv": ((32, 64, 4, 1), (64, 16, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1)),
+        "tangent": ((64, 32, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1), (32, 32, 4, 1), (16, 16, 8, 1)),
     },
-}
+}  # fmt: skip
 
 
 def pieces(width: int) -> tuple[int, int]:
@@ -75,20 +83,25 @@ def architecture(device: torch.device) -> str:
     return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"
 
 
-def tile(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> Tile:
-    """The tile in which a kernel runs on a device."""
+def tile(kernel: str, dtype: torch.dtype, width: int, group: int, device: torch.device) -> Tile:
+    """The tile in which a kernel runs on a device, `group` query heads to one of keys."""
     if interpreted() and device.type == "cpu":
         return INTERPRETED
-    return TILES[architecture(device)][kernel][row(dtype, width)]
+    return choose(TILES[architecture(device)], kernel, dtype == torch.float32, width, group)
 
 
-def row(dtype: torch.dtype, width: int) -> int:
-    """The place in a row of TILES."""
-    return 3 if dtype == torch.float32 else 0 if width <= 64 else 1 if width <= 96 else 2
+def choose(rows: dict[str, Row], kernel: str, single: bool, width: int, group: int) -> Tile:
+    """The tile of a kernel from an architecture's rows; `single`: for float32."""
+    row = rows.get(f"{kernel} grouped", rows[kernel]) if group > 1 else rows[kernel]
+    if single:
+        return Tile(*(row[3] if width <= 64 else row[4]))
+    return Tile(*(row[0] if width <= 64 else row[1] if width <= 96 else row[2]))
 
 
 def shipped() -> list[Shipped]:
     """What launches, by its widths, types and kinds of call: see `kernels/static/shipped.py`."""
+    from mm_kernels.attention.backward import delta_kernel
+
     passes = KERNELS[:3]
     found = [describe(kernel, "", "bf16", width) for kernel in KERNELS for width in (64, 72, 128)]
     found += [describe(kernel, "", "bf16", 96) for kernel in passes]
@@ -98,8 +111,11 @@ def shipped() -> list[Shipped]:
         found += [describe(kernel, " masked", "bf16", width, MASKED=True) for kernel in passes]
     found += [describe(kernel, " packed causal", "bf16", 64, PACKED=True, CAUSAL=True) for kernel in passes]
     found += [describe(kernel, " causal grouped", "bf16", 128, CAUSAL=True, GROUP=4) for kernel in passes]
+    found += [describe(kernel, "", "fp32", 128) for kernel in passes]
     found += [describe("forward", "", "bf16", 80), describe("tangent", " causal", "bf16", 64, CAUSAL=True)]
-    return found
+    constants = {"D": 64, "D1": 64, "D2": 0, "BM": DELTA_ROWS, "PACKED": False, "WITH_LSE": True}
+    types = {name: argument_type(name, "bf16") for name in delta_kernel.arg_names if name not in constants}
+    return [*found, ("delta bf16 64", delta_kernel, types, constants, 4, 1, {})]
 
 
 def describe(kernel: str, name: str, dtype: str, width: int, **flags: Any) -> Shipped:
@@ -110,8 +126,10 @@ def describe(kernel: str, name: str, dtype: str, width: int, **flags: Any) -> Sh
 
     function = {"forward": forward_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel, "tangent": tangent_kernel}[kernel]
     first, second = pieces(width)
-    place = row(torch.float32 if dtype == "fp32" else torch.bfloat16, width)
-    tiles = {architecture: rows[kernel][place] for architecture, rows in TILES.items()}
+    tiles = {
+        architecture: choose(rows, kernel, dtype == "fp32", width, flags.get("GROUP", 1))
+        for architecture, rows in TILES.items()
+    }
     of = tiles["sm_90"]
     constants = {"D": width, "D1": first, "D2": second, "BM": of.queries, "BN": of.keys, "GROUP": 1, "PACKED": False,
                  "MASKED": False, "CAUSAL": False, **flags}  # fmt: skip

@@ -112,9 +112,7 @@ def test_tokens_after_the_last_sequence_give_zeros(poison: None) -> None:
 
 
 # The check holds no state, so that one will do for all examples.
-@settings(
-    max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 40), st.integers(0, 40), st.sampled_from([(1, 1), (4, 2)]), st.integers(1, 40), st.booleans())
 def test_shapes_at_random(
     assert_accurate: Any, rows: int, columns: int, heads: tuple, width: int, causal: bool
