@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.nn.packing import Layout
 from mm_kernels import adaln_modulate, attention, qk_norm_rope, rms_norm
 
 
@@ -26,15 +25,16 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, packed: Layout | None = None) -> Tensor:
-        """x `[B, N, D]` with mask `[B, N]`, True where a token is real; or x `[T, D]` with its packing's layout."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [B, N, H, Dh] each
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, offsets: Tensor | None = None, longest: int | None = None
+    ) -> Tensor:
+        """x `[B, N, D]` with mask `[B, N]`, True where a token is real; or packed `[T, D]`.
+
+        Packed sequences begin at `offsets` `[B + 1]`, and none has more than `longest` tokens.
+        """
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [.., H, Dh] each
         q, k = qk_norm_rope(q, k, self.q_norm, self.k_norm, None, None)
-        if packed is None:
-            attended = attention(q, k, v, mask=mask, causal=self.causal)
-        else:
-            q, k, v = packed.unpack(q), packed.unpack(k), packed.unpack(v)
-            attended = packed.pack(attention(q, k, v, mask=packed.mask, causal=self.causal))
+        attended = attention(q, k, v, mask=mask, cu_q=offsets, max_q=longest, max_k=longest, causal=self.causal)
         x = x + self.out(attended.flatten(-2))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 

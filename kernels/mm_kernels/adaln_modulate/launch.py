@@ -118,10 +118,10 @@ def _constants(width: int, double: bool) -> dict[str, Any]:
 
 
 def shipped() -> list[tuple[Any, ...]]:
-    """Each kernel with gate and residual at three widths, 1,152 no power of two; and two without."""
+    """Forward and backward with gate and residual at three widths, 1,152 no power of two; and at that width the rest."""
     kernels = {"forward": forward_kernel, "backward": backward_kernel, "tangent": tangent_kernel}
-    kinds = [(name, width, True) for name in kernels for width in (384, 1152, 4096)]
-    kinds += [("forward", 1152, False), ("backward", 1152, False)]
+    kinds = [(name, width, True) for name in ("forward", "backward") for width in (384, 1152, 4096)]
+    kinds += [("tangent", 1152, True), ("forward", 1152, False), ("backward", 1152, False)]
     types = {"eps": "fp32", "DSHIFT": "*fp32", "DSCALE": "*fp32", "DGATE": "*fp32", "tokens": "i32", "span": "i32"}
     found: list[tuple[Any, ...]] = []
     for name, width, gated in kinds:

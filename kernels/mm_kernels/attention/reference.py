@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm_kernels.ragged import Ragged
+
 
 def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, scale: float, with_lse: bool = False
@@ -59,43 +61,23 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, 
     return out.transpose(1, 2)
 
 
-def padded(x: Tensor, offsets: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed `[T, ..]` as `[B, longest, ..]`, zero where padded; lengths `[B, 1]`; and where tokens went, `[T]`.
-
-    A token after the last sequence goes nowhere: its place is B longest.
-    """
-    first, lengths = offsets[:-1, None].long(), offsets.diff()[:, None].long()
-    near = torch.arange(longest, device=x.device)
-    real = near < lengths
-    rows = x.index_select(0, (first + near).where(real, 0).flatten()) if x.shape[0] else x.new_zeros(0, *x.shape[1:])
-    if not x.shape[0]:
-        rows = x.new_zeros(real.numel(), *x.shape[1:])
-    dense = rows.unflatten(0, tuple(real.shape)).masked_fill(~real[(..., *[None] * (x.ndim - 1))], 0)
-    token = torch.arange(x.shape[0], device=x.device)
-    sample = torch.searchsorted(offsets[1:].long().contiguous(), token, right=True)
-    at = sample.clamp(max=max(len(first) - 1, 0))
-    place = at * longest + token - first[:, 0].index_select(0, at) if len(first) else token
-    return dense, lengths, place.where(sample < len(first), len(first) * longest)
-
-
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """`[T, H, D]` and log-sum-exp `[H, T]` of packed sequences, padded for the scores and packed again."""
-    (q, rows, place), (k, columns, _), (v, _, _) = (
-        padded(q, cu_q, max_q),
-        padded(k, cu_k, max_k),
-        padded(v, cu_k, max_k),
-    )
-    key, query = torch.arange(max_k, device=q.device)[:, None], torch.arange(max_q, device=q.device)
-    visible = (key < columns[..., None])[:, None]  # [B, 1, Nk, 1]
+    same = cu_q is cu_k and max_q == max_k and q.shape[0] == k.shape[0]
+    queries = Ragged.of(cu_q, max_q, q.shape[0])
+    keys = queries if same else Ragged.of(cu_k, max_k, k.shape[0])
+    visible = keys.real[:, None, :, None]  # [B, 1, Nk, 1]
     if causal:
-        visible = visible & (key <= query + (columns - rows)[..., None])[:, None]
+        key, query = torch.arange(max_k, device=q.device)[:, None], torch.arange(max_q, device=q.device)
+        later = 0 if same else (cu_k.diff() - cu_q.diff())[:, None, None, None]
+        visible = visible & (key <= query + later)
+    q, k, v = queries.pad(q), keys.pad(k), keys.pad(v)
     out, lse = explicit_attention(q, *repeated(q, k, v), visible=visible, scale=scale, with_lse=True)
     assert lse is not None
-    out, lse = out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)  # [B max_q, ..]; one more row for the tokens
-    out, lse = F.pad(out, (0, 0, 0, 0, 0, 1)), F.pad(lse, (0, 0, 0, 1), value=-torch.inf)  # of no sequence
-    return out.index_select(0, place), lse.index_select(0, place).transpose(0, 1)
+    lse = queries.pack(lse.transpose(1, 2)).masked_fill(~queries.kept[:, None], -torch.inf)
+    return queries.pack(out), lse.transpose(0, 1)
 
 
 def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,12 +107,11 @@ def shipped() -> list[Shipped]:
     found += [describe(kernel, "", "bf16", 96) for kernel in passes]
     found += [describe(kernel, "", "fp16", 64) for kernel in passes]
     found += [describe(kernel, "", "fp32", 64) for kernel in KERNELS]
-    for width in (64, 128):
-        found += [describe(kernel, " masked", "bf16", width, MASKED=True) for kernel in passes]
+    found += [describe(kernel, " masked", "bf16", 64, MASKED=True) for kernel in passes]
     found += [describe(kernel, " packed causal", "bf16", 64, PACKED=True, CAUSAL=True) for kernel in passes]
     found += [describe(kernel, " causal grouped", "bf16", 128, CAUSAL=True, GROUP=4) for kernel in passes]
     found += [describe(kernel, "", "fp32", 128) for kernel in passes]
-    found += [describe("forward", "", "bf16", 80), describe("tangent", " causal", "bf16", 64, CAUSAL=True)]
+    found += [describe("tangent", " causal", "bf16", 64, CAUSAL=True)]
     constants = {"D": 64, "D1": 64, "D2": 0, "BM": DELTA_ROWS, "PACKED": False, "WITH_LSE": True}
     types = {name: argument_type(name, "bf16") for name in delta_kernel.arg_names if name not in constants}
     return [*found, ("delta bf16 64", delta_kernel, types, constants, 4, 1, {})]

@@ -110,7 +110,7 @@ def _architecture(device: torch.device) -> str:
 
 
 def shipped() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int, dict[str, dict[str, Any]]]]:
-    """Every kernel for each type, and for one type with widths that its blocks do not divide."""
+    """Every kernel by type, and for one type with widths that its blocks do not divide."""
     cases: list[tuple[str, Any, dict[str, bool]]] = [
         ("statistics", statistics_kernel, {}),
         ("softmax", softmax_kernel, {}),
@@ -122,8 +122,10 @@ def shipped() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int, 
     found = []
     for name, kernel, flags in cases:
         for kind, even in (("bf16", True), ("bf16", False), ("fp16", True), ("fp32", True)):
-            if kernel is product_kernel and (kind == "fp32" or not even):
+            if kernel is product_kernel and (kind != "bf16" or not even):
                 continue  # float32 products are torch's, and a half-precision one is the same for all lengths
+            if name == "sigmoid value" and (kind == "fp16" or not even):
+                continue  # less work than with gradients, which are listed
             settings = FLOAT32 if kind == "fp32" else SIGMOID if kernel is sigmoid_kernel else HALF
             constants = (
                 ({} if kernel is product_kernel else {"EVEN": even})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mm_kernels.qk_norm_rope import forward_mode, reference
+from mm_kernels import forward_mode
+from mm_kernels.qk_norm_rope import reference
 from mm_kernels.qk_norm_rope.op import QkNormRope, qk_norm_rope_op
 from mm_kernels.qk_norm_rope.reference import rms_norm, rotate
 from mm_kernels.runtime import use_triton

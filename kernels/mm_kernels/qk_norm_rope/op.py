@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_kernels.qk_norm_rope import forward_mode, reference
+from mm_kernels import forward_mode
+from mm_kernels.qk_norm_rope import reference
 from mm_kernels.runtime import use_triton
 
 

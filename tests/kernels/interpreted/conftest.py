@@ -58,5 +58,24 @@ def repair_bfloat16_products() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+def repair_bfloat16_rounding() -> None:
+    """Make the interpreter round where it makes bfloat16 of float32, as GPUs do; up to Triton 3.8 it drops the bits."""
+    import numpy
+    import torch
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    unrepaired = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(self, source, target):
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+            return unrepaired(self, source, target)
+        values = torch.from_numpy(numpy.ascontiguousarray(source.data)).bfloat16()
+        return interpreter.TensorHandle(values.view(torch.uint16).numpy(), tl.bfloat16)
+
+    interpreter.InterpreterBuilder.cast_impl = cast
+
+
 if INTERPRETED:
     repair_bfloat16_products()
+    repair_bfloat16_rounding()

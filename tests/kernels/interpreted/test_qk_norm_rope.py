@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mm_kernels import qk_norm_rope
 from mm_kernels.qk_norm_rope import launch, reference
-from mm_kernels.runtime import interpreted
 
 EPS = 1e-6
 NAMES = ("q", "k", "dq", "dk", "dwq", "dwk")
@@ -30,26 +29,6 @@ CASES = {  # shape of q, heads of k, rotation
     "no samples": ((0, 4, 2, 16), 2, "table"),
     "no tokens": ((2, 0, 2, 16), 2, "positions"),
 }
-
-
-@pytest.fixture(autouse=True)
-def nearest_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the interpreter makes bfloat16 of float32 it drops the low bits, up to Triton 3.8 at least; GPUs round."""
-    if not interpreted():
-        return
-    import numpy
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    unrepaired = interpreter.InterpreterBuilder.cast_impl
-
-    def cast(self, source, target):
-        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
-            return unrepaired(self, source, target)
-        values = torch.from_numpy(numpy.ascontiguousarray(source.data)).bfloat16()
-        return interpreter.TensorHandle(values.view(torch.uint16).numpy(), tl.bfloat16)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
 
 
 def inputs(
