@@ -1,4 +1,4 @@
-"""Sequences of unequal length, packed one after another or padded to one length, and the way from either to the other."""
+"""Sequences of unequal length, packed one after another or padded to one length, and the way between the two."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from mm_kernels import Ragged
 
 
 class Encoder(nn.Module):
-    """Tokens `[B, N, D]`, or packed `[T, D]`, to tokens after the final norm and a unit-norm vector `[B, E]` a sample."""
+    """Tokens, `[B, N, D]` or packed `[T, D]`, to tokens after the final norm and a unit-norm vector each, `[B, E]`."""
 
     def __init__(self, width: int, depth: int, heads: int, embed_dim: int, *, pool: str = "mean", causal: bool = False):
         super().__init__()

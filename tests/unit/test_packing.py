@@ -15,14 +15,14 @@ def mask() -> torch.Tensor:
     return torch.arange(7) < torch.tensor([[3], [7], [1], [5]])
 
 
-def test_packing_keeps_real_tokens_in_order_and_fills_up_to_a_fifth_of_the_batch(mask: torch.Tensor) -> None:
+def test_packing_keeps_real_tokens_in_order_and_rounds_their_number_up(mask: torch.Tensor) -> None:
     x = torch.arange(28.0).view(4, 7, 1)
     found = layout(mask)
     packed = found.pack(x)
-    assert packed.shape == (18, 1)  # 3 + 7 + 1 + 5 tokens; a fifth of 28 is 6
-    assert torch.equal(packed[:16, 0], x[mask][:, 0])
-    assert torch.equal(found.unpack(packed)[mask], x[mask])
-    assert found.real.sum() == 16
+    assert packed.shape == (21, 1)  # 3 + 7 + 1 + 5 tokens; a multiple of 7 * sqrt(4) / 2
+    assert torch.equal(packed[:16, 0], x[mask][:, 0]) and not packed[16:].any()
+    assert torch.equal(found.pad(packed)[mask], x[mask])
+    assert found.kept.sum() == 16 and found.offsets.tolist() == [0, 3, 10, 11, 16]
 
 
 @pytest.mark.parametrize("pool", ["mean", "last"])
@@ -43,3 +43,15 @@ def test_a_packed_encoder_equals_the_padded_one_with_all_gradients(mask: torch.T
         results.append([encoded.pooled, tokens, leaf.grad[mask], *(p.grad for p in encoder.parameters())])
     for packed, padded in zip(*results, strict=True):
         torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pool", ["mean", "last", "cls"])
+def test_an_encoder_takes_packed_tokens_and_gives_packed_ones(mask: torch.Tensor, pool: str) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(32, 2, 2, 16, pool=pool, causal=True).eval()
+    x, ragged = torch.randn(4, 7, 32), layout(mask)
+    padded = encoder(Tokens(x, mask=mask))
+    packed = encoder(Tokens(ragged.pack(x), cu_seqlens=ragged.offsets, max_len=7))
+    assert packed.tokens.x.shape == (21, 32)
+    torch.testing.assert_close(packed.tokens.x[:16], padded.tokens.x[mask], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(packed.pooled, padded.pooled, atol=1e-5, rtol=1e-4)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mm_kernels import forward_mode
 from mm_kernels.adaln_modulate import reference
 from mm_kernels.adaln_modulate.op import AdalnModulate, adaln_modulate_op
-from mm_kernels import forward_mode
 from mm_kernels.runtime import use_triton
 
 __all__ = ["adaln_modulate"]

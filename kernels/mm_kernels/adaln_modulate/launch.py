@@ -118,7 +118,7 @@ def _constants(width: int, double: bool) -> dict[str, Any]:
 
 
 def shipped() -> list[tuple[Any, ...]]:
-    """Forward and backward with gate and residual at three widths, 1,152 no power of two; and at that width the rest."""
+    """Forward and backward, with gate and residual, at three widths, 1,152 no power of two; and there the rest."""
     kernels = {"forward": forward_kernel, "backward": backward_kernel, "tangent": tangent_kernel}
     kinds = [(name, width, True) for name in ("forward", "backward") for width in (384, 1152, 4096)]
     kinds += [("tangent", 1152, True), ("forward", 1152, False), ("backward", 1152, False)]

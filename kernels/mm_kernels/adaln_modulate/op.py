@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_kernels.adaln_modulate import reference
 from mm_kernels import forward_mode
+from mm_kernels.adaln_modulate import reference
 from mm_kernels.runtime import use_triton
 
 

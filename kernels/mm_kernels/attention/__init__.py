@@ -7,9 +7,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from mm_kernels import forward_mode
 from mm_kernels.attention import reference
 from mm_kernels.attention.op import Attention, AttentionTangent, attention_op
-from mm_kernels import forward_mode
 from mm_kernels.runtime import use_triton
 
 # On a CPU the fused form takes more than twice as long, backward included, while the scores still fit in the cache

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
 
-from mm_kernels.attention import reference
 from mm_kernels import forward_mode
+from mm_kernels.attention import reference
 from mm_kernels.runtime import use_triton
 
 
@@ -89,6 +91,22 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula([torch.ops.mm.attention, torch.ops.mm.attention_backward], get_raw=True)
+def _flop(*args: Any, out_val: Any = None, **_: Any) -> int:
+    """For torch's FlopCounterMode, with which training reports its use of the machine; causal counts in full."""
+    backward = len(args) > 10
+    q, k, _, *rest = args[2:5] + args[7:] if backward else args
+    _, cu_q, cu_k, max_q, max_k, *_ = rest
+    if cu_q is None:
+        pairs = q.shape[0] * q.shape[1] * k.shape[1]
+    elif isinstance(cu_q, FakeTensor):
+        pairs = (len(cu_q) - 1) * max_q * max_k
+    else:
+        pairs = int((cu_q.diff() * cu_k.diff()).sum())
+    products = 5 if backward else 2
+    return products * 2 * pairs * q.shape[-2] * q.shape[-1]
 
 
 class Attention(torch.autograd.Function):

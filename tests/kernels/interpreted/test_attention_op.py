@@ -8,6 +8,7 @@ import pytest
 import torch
 from exact_attention import exact_attention, inputs, offsets
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mm_kernels.attention import attention, attention_jvp
 
@@ -53,6 +54,16 @@ def test_exported_models_hold_the_op() -> None:
     program = torch.export.export(Model(), tensors)
     assert any("mm.attention" in str(node.target) for node in program.graph.nodes)
     assert torch.equal(program.module()(*tensors), Model()(*tensors))
+
+
+def test_torchs_flop_counter_counts_the_op() -> None:
+    def flop(tensors: list[Tensor], **places: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            attention(*(tensor.requires_grad_() for tensor in tensors), **places).sum().backward()
+        return counter.get_total_flops()
+
+    assert flop(inputs(8, 10, 4, 2, 16)) == 7 * 2 * 2 * 8 * 10 * 4 * 16  # two products forwards, five backwards
+    assert flop(inputs(9, 9, 4, 2, 16, None), cu_q=offsets(4, 5), causal=True) == 7 * 2 * (4 * 4 + 5 * 5) * 4 * 16
 
 
 def test_types_that_the_kernels_do_not_take_are_torchs_and_mixed_ones_refused() -> None:
