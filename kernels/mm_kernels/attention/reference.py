@@ -27,9 +27,10 @@ def explicit_attention(
     if visible is not None:
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     top = scores.amax(-2, keepdim=True).detach()
-    weights = (scores - top).exp()
-    if visible is not None:  # a row that sees no key
-        weights = weights * visible
+    if visible is None:
+        weights = (scores - top).exp()
+    else:  # e^-80 is nothing beside the largest, 1; far below, exp takes four times as long. A row may see no key
+        weights = (scores - top).clamp_min(-80.0).exp() * visible
     total = weights.sum(-2, keepdim=True)
     safe = total if visible is None else total.clamp_min(torch.finfo(total.dtype).tiny)
     weights = weights / safe
@@ -65,6 +66,8 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """`[T, H, D]` and log-sum-exp `[H, T]` of packed sequences, padded for the scores and packed again."""
+    if not torch.compiler.is_compiling() and len(cu_q) > 1:  # what pads to the longest there is takes less time
+        max_q, max_k = min(max_q, int(cu_q.diff().max())), min(max_k, int(cu_k.diff().max()))
     same = cu_q is cu_k and max_q == max_k and q.shape[0] == k.shape[0]
     queries = Ragged.of(cu_q, max_q, q.shape[0])
     keys = queries if same else Ragged.of(cu_k, max_k, k.shape[0])
