@@ -94,11 +94,11 @@ attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula([torch.ops.mm.attention, torch.ops.mm.attention_backward], get_raw=True)
-def _flop(*args: Any, out_val: Any = None, **_: Any) -> int:
+def _flop(*args: Any, **_: Any) -> int:
     """For torch's FlopCounterMode, with which training reports its use of the machine; causal counts in full."""
-    backward = len(args) > 10
+    backward = len(args) > 10  # the arguments of one op or of the other
     q, k, _, *rest = args[2:5] + args[7:] if backward else args
-    _, cu_q, cu_k, max_q, max_k, *_ = rest
+    cu_q, cu_k, max_q, max_k = rest[1:5]
     if cu_q is None:
         pairs = q.shape[0] * q.shape[1] * k.shape[1]
     elif isinstance(cu_q, FakeTensor):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_qk_norm_rope import nearest_bfloat16  # noqa: F401
 from torch import Tensor
 
 from mm_kernels import adaln_modulate
