@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,8 +151,9 @@ def test_committed_figures_cover_what_ships_and_pass_every_gate(static: SimpleNa
         assert static.gate.failures(op, rows, rows) == [] or not shipping
 
 
-def test_the_first_kernel_of_each_op_still_compiles_to_its_committed_figures(static: SimpleNamespace) -> None:
-    for op in static.shipped.ops():
-        committed = static.gate.read(op)
-        fresh = [static.compile.figures(op, row.name, row.architecture) for row in committed[1:2]]
-        assert static.gate.failures(op, fresh, committed, partial=True) == [] or not committed
+@pytest.mark.timeout(600)
+def test_every_shipped_kernel_compiles_for_four_architectures_and_passes_its_gates(root: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "kernels/static"], cwd=root, capture_output=True, text=True, timeout=580, check=False
+    )
+    assert run.returncode == 0 and run.stdout.endswith("all pass\n"), (run.stdout + run.stderr)[-4000:]

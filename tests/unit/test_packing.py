@@ -12,17 +12,23 @@ from mm.types import Tokens
 
 @pytest.fixture
 def mask() -> torch.Tensor:
-    return torch.arange(7) < torch.tensor([[3], [7], [1], [5]])
+    return torch.arange(7) < torch.tensor([[3], [7], [2], [5]])
 
 
 def test_packing_keeps_real_tokens_in_order_and_rounds_their_number_up(mask: torch.Tensor) -> None:
     x = torch.arange(28.0).view(4, 7, 1)
     found = layout(mask)
     packed = found.pack(x)
-    assert packed.shape == (21, 1)  # 3 + 7 + 1 + 5 tokens; a multiple of 7 * sqrt(4) / 2
-    assert torch.equal(packed[:16, 0], x[mask][:, 0]) and not packed[16:].any()
+    assert packed.shape == (18, 1)  # 3 + 7 + 2 + 5 tokens; a multiple of an eighth of 16
+    assert torch.equal(packed[:17, 0], x[mask][:, 0]) and not packed[17:].any()
     assert torch.equal(found.pad(packed)[mask], x[mask])
-    assert found.kept.sum() == 16 and found.offsets.tolist() == [0, 3, 10, 11, 16]
+    assert found.kept.sum() == 17 and found.offsets.tolist() == [0, 3, 10, 12, 17]
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(0, 0), (1, 1), (15, 15), (16, 16), (17, 18), (2415, 2560), (2561, 2816)])
+def test_at_most_an_eighth_of_the_rows_fills_up(tokens: int, rows: int) -> None:
+    mask = torch.arange(max(tokens, 1)) < torch.tensor([[tokens]])
+    assert len(layout(mask).place) == rows
 
 
 @pytest.mark.parametrize("pool", ["mean", "last"])
@@ -52,6 +58,6 @@ def test_an_encoder_takes_packed_tokens_and_gives_packed_ones(mask: torch.Tensor
     x, ragged = torch.randn(4, 7, 32), layout(mask)
     padded = encoder(Tokens(x, mask=mask))
     packed = encoder(Tokens(ragged.pack(x), cu_seqlens=ragged.offsets, max_len=7))
-    assert packed.tokens.x.shape == (21, 32)
-    torch.testing.assert_close(packed.tokens.x[:16], padded.tokens.x[mask], atol=1e-5, rtol=1e-4)
+    assert packed.tokens.x.shape == (18, 32)
+    torch.testing.assert_close(packed.tokens.x[:17], padded.tokens.x[mask], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(packed.pooled, padded.pooled, atol=1e-5, rtol=1e-4)
