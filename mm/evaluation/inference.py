@@ -10,7 +10,7 @@ copies of the first item, cut evenly for one or two threads; with more, each ite
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -35,6 +35,21 @@ EVEN_THREADS = 2
 NOISE = 0  # stream of a picture's first noise; training uses others
 
 Items = tuple[Tensor, ...]  # columns of equal length: row i of each belongs to item i
+
+
+def cut_padding(ids: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Items]]:
+    """Texts that fit into a quarter of L, into half of it, and the rest: their rows, ids and lengths.
+
+    What an item is padded to follows from its own length, so it stays alike whatever else is in the call.
+    """
+    taken = torch.zeros_like(lengths, dtype=torch.bool)
+    for parts in (4, 2, 1):
+        width = -(-ids.shape[1] // parts)
+        fitting = (lengths <= width) & ~taken
+        taken |= fitting
+        rows = fitting.nonzero()[:, 0]
+        if len(rows):
+            yield rows, (ids[rows, :width], lengths[rows])
 
 
 class Inference:
@@ -103,7 +118,10 @@ class Inference:
             return torch.zeros(0, self.config.model.embed_dim)
         size = micro_batch or self._size(name)
         label = f"encoding {name}" if progress else ""
-        return self._run(lambda *part: (self._encoded(name, part).pooled,), columns, size, label)[0].cpu()
+        out = torch.empty(len(columns[0]), self.config.model.embed_dim)
+        for rows, part in [(slice(None), columns)] if len(columns) == 1 else cut_padding(*columns):
+            out[rows] = self._run(lambda *part: (self._encoded(name, part).pooled,), part, size, label)[0].cpu().float()
+        return out
 
     def generate(
         self,

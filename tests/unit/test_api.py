@@ -17,6 +17,7 @@ from mm.config import ConfigError, TrainConfig
 from mm.models.export import save_export
 from mm.objectives.step import build_step
 from mm.settings import load as load_config
+from mm.types import Batch
 
 WORDS = ["red heart", "blue heart", "cat face", "a dog that runs", "flag", "the sun behind a small cloud", "", "x y z"]
 
@@ -62,7 +63,7 @@ def pictures(count: int, size: int = 40) -> list[Image.Image]:
 
 
 def test_an_embedding_is_bitwise_the_same_alone_in_a_batch_and_in_any_place(model: LoadedModel, threads: int) -> None:
-    images, texts = pictures(37), [f"{WORDS[n % 6]} {n}" for n in range(70)]
+    images, texts = pictures(37), [f"{WORDS[n % 6]} {n}" + " and more" * (n % 4) for n in range(70)]
     together = model.encode(image=images, text=texts)
     assert together["image"].shape == (37, 32) and together["text"].shape == (70, 32)
     torch.testing.assert_close(together["image"].norm(dim=1), torch.ones(37))
@@ -73,6 +74,21 @@ def test_an_embedding_is_bitwise_the_same_alone_in_a_batch_and_in_any_place(mode
     backwards = model.encode(image=images[::-1], text=texts[::-1])
     assert torch.equal(backwards["image"].flip(0), together["image"])
     assert torch.equal(backwards["text"].flip(0), together["text"])
+
+
+def test_short_texts_are_encoded_without_most_of_their_padding_and_come_out_as_with_it(model: LoadedModel) -> None:
+    texts = ["x y z", "red heart x y z", "a b c d e f g h i j k l m n o p", "flag", ""]
+    widths = []
+    encoder = model.inference.model.encoders["text"]
+    hook = encoder.register_forward_pre_hook(lambda module, args: widths.append(args[0].x.shape[1]))
+    short = model.encode(text=texts)["text"]
+    hook.remove()
+    assert widths == [4, 8, 16]
+    ids, lengths = model.inference.prepare("text", texts)
+    batch = Batch({"text": ids}, {"text": lengths})
+    with torch.inference_mode():
+        padded = model.inference.model.encode(batch)["text"].pooled
+    torch.testing.assert_close(short, padded, atol=1e-6, rtol=0)
 
 
 def test_a_picture_is_bitwise_the_same_alone_in_a_batch_and_in_any_place(model: LoadedModel, threads: int) -> None:
