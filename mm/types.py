@@ -59,7 +59,7 @@ class Tokens(NamedTuple):
     x: Tensor
     mask: Tensor | None = None  # [B, N] bool, True where a token is real; dense only
     cu_seqlens: Tensor | None = None  # [B + 1] int32 offsets; packed only
-    max_len: int = 0
+    max_len: int = 0  # of the longest sequence; 0: not known
     positions: Tensor | None = None  # [N] or [N, 2] (row, column): where rotary embedding places a token
 
 

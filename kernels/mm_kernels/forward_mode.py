@@ -26,6 +26,18 @@ def refuse(name: str) -> None:
         )
 
 
+def refuse_functorch(name: str) -> None:
+    """Raises NotImplementedError inside `torch.func.grad`, `vjp` and `vmap`, for which kernels have no rules."""
+    if torch.compiler.is_compiling():
+        return
+    stack = torch._C._functorch.peek_interpreter_stack()
+    if stack is not None and stack.key() != torch._C._functorch.TransformType.Jvp:
+        raise NotImplementedError(
+            f"{name}: its kernels take gradients by torch.autograd and tangents by torch.func.jvp; "
+            "under torch.func.grad, vjp and vmap call it on tensors of a CPU"
+        )
+
+
 def moved(tangent: Tensor | None, like: Tensor) -> Tensor:
     """The tangent or gradient; zeros where there is none."""
     return torch.zeros_like(like) if tangent is None else tangent

@@ -33,7 +33,7 @@ class Ragged(NamedTuple):
         if len(start) == 0 or longest == 0:
             return cls(offsets, real, slot, torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool))
         sequence = torch.searchsorted(end, row, right=True)
-        kept = sequence < len(start)
+        kept = (sequence < len(start)) & (row >= start[0])
         at = sequence.clamp(max=len(start) - 1)
         return cls(offsets, real, slot, (at * longest + row - start.index_select(0, at)).where(kept, 0), kept)
 
@@ -49,7 +49,7 @@ class Ragged(NamedTuple):
 def _taken(x: Tensor, index: Tensor, keep: Tensor, inverse: Tensor, wanted: Tensor) -> Tensor:
     """Row `index[i]` of x at i where `keep[i]`, else zero; `inverse` and `wanted` say the same of the way back."""
     if x.shape[0] == 0:
-        return x.new_zeros(len(index), *x.shape[1:])
+        return x.new_zeros(len(index), *x.shape[1:]) + x.sum()  # which is 0, and keeps x in the graph
     if forward_mode.active():  # torch.compile takes no autograd.Function that has a forward-mode rule
         return _rows(x, index, keep)
     taken: Tensor = _Rows.apply(x, index, keep, inverse, wanted)

@@ -29,7 +29,8 @@ class Encoder(nn.Module):
         product has changes its last bits, and a sample must not depend on its neighbours'.
         """
         if tokens.cu_seqlens is not None:
-            ragged, x = Ragged.of(tokens.cu_seqlens, tokens.max_len, len(tokens.x)), tokens.x
+            longest = tokens.max_len or int(tokens.cu_seqlens.diff().max())
+            ragged, x = Ragged.of(tokens.cu_seqlens, longest, len(tokens.x)), tokens.x
         elif tokens.mask is not None and self.training:
             ragged = layout(tokens.mask)
             x = ragged.pack(tokens.x)  # [T, D]

@@ -10,12 +10,15 @@ from mm_kernels import Ragged
 
 
 def layout(mask: Tensor) -> Ragged:
-    """The packing of the real tokens, the first ones of each row, of mask `[B, L]`.
+    """The packing of the real tokens of mask `[B, L]`, in order, wherever in a row they are.
 
     It has as many rows as there are real tokens, rounded up to a multiple of an eighth of the power of two below: at
     most an eighth is wasted, batches of one kind give one or two numbers of rows, and little is compiled twice.
     """
     offsets = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    tokens = int(offsets[-1])
-    step = 1 << max(0, tokens.bit_length() - 4)
-    return Ragged.of(offsets, mask.shape[1], -(-tokens // step) * step)
+    found = mask.flatten().nonzero()[:, 0]
+    step = 1 << max(0, len(found).bit_length() - 4)
+    rows = -(-len(found) // step) * step
+    kept = torch.arange(rows, device=mask.device) < len(found)
+    slot = (mask.flatten().cumsum(0) - 1).clamp_min(0)
+    return Ragged(offsets, mask, slot, F.pad(found, (0, rows - len(found))), kept)

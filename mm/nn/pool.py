@@ -13,7 +13,8 @@ def pool_tokens(x: Tensor, mask: Tensor | None, kind: str) -> Tensor:
     if kind == "last":
         if mask is None:
             return x[:, -1]
-        return x[torch.arange(len(x), device=x.device), mask.sum(1) - 1]
+        place = torch.arange(1, mask.shape[1] + 1, device=x.device)
+        return x[torch.arange(len(x), device=x.device), (mask * place).argmax(1)]
     if mask is None:
         return x.mean(1)
     weight = mask.to(x.dtype)[..., None]  # [B, N, 1]

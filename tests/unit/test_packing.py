@@ -61,3 +61,20 @@ def test_an_encoder_takes_packed_tokens_and_gives_packed_ones(mask: torch.Tensor
     assert packed.tokens.x.shape == (18, 32)
     torch.testing.assert_close(packed.tokens.x[:17], padded.tokens.x[mask], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(packed.pooled, padded.pooled, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pool", ["mean", "last"])
+def test_real_tokens_may_be_anywhere_in_a_row(pool: str) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(32, 2, 2, 16, pool=pool, causal=True)
+    x, mask = torch.randn(3, 5, 32), torch.tensor([[0, 1, 1, 1, 1], [1, 0, 1, 0, 1], [1, 1, 0, 0, 0]]).bool()
+    packed, padded = encoder.train()(Tokens(x, mask=mask)), encoder.eval()(Tokens(x, mask=mask))
+    torch.testing.assert_close(packed.pooled, padded.pooled, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(packed.tokens.x[mask], padded.tokens.x[mask], atol=1e-5, rtol=1e-5)
+
+
+def test_the_longest_of_packed_tokens_is_found_where_it_is_not_said() -> None:
+    encoder, x = Encoder(32, 1, 2, 16).eval(), torch.randn(9, 32)
+    offsets = torch.tensor([0, 4, 9], dtype=torch.int32)
+    said, found = (encoder(Tokens(x, cu_seqlens=offsets, max_len=longest)).pooled for longest in (5, 0))
+    assert torch.equal(said, found)

@@ -36,7 +36,9 @@ def adaln_modulate(
         raise ValueError("gate without residual: there is nothing to add the gated x to")
     if not use_triton(x):
         out, h = reference.forward(x, shift, scale, gate, residual, eps)
-    elif forward_mode.active():
+        return out if residual is None else (out, h)
+    forward_mode.refuse_functorch("adaln_modulate")
+    if forward_mode.active():
         out, h = AdalnModulate.apply(x, shift, scale, gate, residual, eps)
     else:
         out, h = adaln_modulate_op(x, shift, scale, gate, residual, eps)

@@ -44,23 +44,29 @@ def attention(
     """softmax(q k^T scale) v, shaped as q, from q `[B, Nq, H, D]` and k, v `[B, Nk, H_k, D]`, H a multiple of H_k.
 
     Packed: q `[T, H, D]`, k and v `[S, H_k, D]`, whose sequences begin at `cu_q` and `cu_k` (as cu_q if not given),
-    int32 `[B + 1]`; `max_q` and `max_k` are the longest, and are read back from the device if not given. Tokens after
-    the last sequence give zeros. `mask` `[B, Nk]`, for dense tensors, is True where a key is real. `causal` is aligned
-    to the last key: query i sees keys <= i + Nk - Nq. `scale` is D ** -0.5 by default. A row that sees no key gives
-    zeros. With `return_lse` also the natural logarithm of each row's sum of exponentials, float32 (float64 of
-    float64), `[B, H, Nq]` or packed `[H, T]`, -inf for a row without keys; it has a gradient too.
+    int32 `[B + 1]`, the first at 0; `max_q` and `max_k`, at least the longest, are read back from the device if not
+    given. Tokens after the last sequence give zeros. `mask` `[B, Nk]`, for dense tensors, is True where a key is real.
+    `causal` is aligned to the last key: query i sees keys <= i + Nk - Nq. `scale` is D ** -0.5 by default. A row that
+    sees no key gives zeros. With `return_lse` also the natural logarithm of each row's sum of exponentials, float32
+    (float64 of float64), `[B, H, Nq]` or packed `[H, T]`, -inf for a row without keys; it has a gradient too.
 
-    Raises ValueError for shapes that do not fit, and for a scale that is not positive.
+    Raises ValueError for shapes that do not fit, for a scale that is not positive and, where that costs no
+    synchronization, for a maximum that is too small. The kernels raise NotImplementedError under `torch.func.grad`.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check(q, k, v, mask, cu_q, cu_k, scale)
     cu_k = cu_q if cu_k is None else cu_k
+    unknown = cu_q is not None and (max_q is None or max_k is None)
     max_q = _longest(q, cu_q) if max_q is None else max_q
     max_k = _longest(k, cu_k) if max_k is None else max_k
     if _kernels_take(q):
+        forward_mode.refuse_functorch("attention")
         q, k, v = _one_type(q, k, v)
         run = Attention.apply if forward_mode.active() else attention_op
         out, lse = run(q, k, v, mask, cu_q, cu_k, max_q, max_k, causal, scale)
+        return (out, lse) if return_lse else out
+    if unknown and torch.compiler.is_compiling():  # the op reads the lengths; a graph would pad each sequence to all
+        out, lse = attention_op(q, k, v, mask, cu_q, cu_k, max_q, max_k, causal, scale)
         return (out, lse) if return_lse else out
     if return_lse or cu_q is not None:
         out, lse = reference.forward(q, k, v, mask, cu_q, cu_k, max_q, max_k, causal, scale)
@@ -89,6 +95,7 @@ def attention_jvp(
     if (tq.shape, tk.shape, tv.shape) != (q.shape, k.shape, v.shape):
         raise ValueError(f"tangents {(tq.shape, tk.shape, tv.shape)} are not shaped as q, k, v")
     if _kernels_take(q):
+        forward_mode.refuse_functorch("attention_jvp")
         (q, k, v), (tq, tk, tv) = _one_type(q, k, v), (tq.to(q.dtype), tk.to(q.dtype), tv.to(q.dtype))
         places = None, None, None, q.shape[1], k.shape[1]
         out, tangent, _, _ = AttentionTangent.apply(q, k, v, tq, tk, tv, *places, causal, scale)

@@ -31,7 +31,8 @@ class Call:
         self.mask = mask
         nothing = self.q  # a pointer that no kernel reads
         visible = (nothing, nothing) if mask is None else (mask.contiguous().view(torch.uint8), key_bounds(mask))
-        self.places = (nothing if cu_q is None else cu_q, nothing if cu_k is None else cu_k, *visible)
+        offsets = (nothing if cu is None else cu.contiguous() for cu in (cu_q, cu_k))
+        self.places = (*offsets, *visible)
         self.strides = (0, q.shape[0]) if self.packed else (self.heads * max_q, max_q)  # of lse: sample, head
 
     def tokens(self, tensor: Tensor) -> Tensor:
@@ -61,13 +62,14 @@ class Call:
             return
         first, second = pieces(self.width)
         runtime.launches[f"attention_{name}"] += 1
-        kernel[(blocks * heads * self.samples,)](
-            *tensors, *self.places, self.scale, blocks, heads, self.max_q, self.max_k,
-            self.q.stride(0), self.k.stride(0), self.v.stride(0), *self.strides,
-            GROUP=group, D=self.width, D1=first, D2=second, BM=size.queries, BN=size.keys,
-            PACKED=self.packed, MASKED=self.mask is not None, CAUSAL=self.causal,
-            num_warps=size.warps, num_stages=size.stages,
-        )  # fmt: skip
+        with torch.cuda.device_of(self.q):
+            kernel[(blocks * heads * self.samples,)](
+                *tensors, *self.places, self.scale, blocks, heads, self.max_q, self.max_k,
+                self.q.stride(0), self.k.stride(0), self.v.stride(0), *self.strides,
+                GROUP=group, D=self.width, D1=first, D2=second, BM=size.queries, BN=size.keys,
+                PACKED=self.packed, MASKED=self.mask is not None, CAUSAL=self.causal,
+                num_warps=size.warps, num_stages=size.stages,
+            )  # fmt: skip
 
     def launch_delta(self, tensors: tuple[Tensor, ...], with_lse: bool) -> None:
         """One program a block of queries, head and sample, if there are any."""
@@ -76,10 +78,11 @@ class Call:
             return
         first, second = pieces(self.width)
         runtime.launches["attention_delta"] += 1
-        backward_kernels.delta_kernel[(blocks * self.heads * self.samples,)](
-            *tensors, self.places[0], blocks, self.heads, self.max_q, *self.strides, D=self.width, D1=first, D2=second,
-            BM=DELTA_ROWS, PACKED=self.packed, WITH_LSE=with_lse, num_warps=4,
-        )  # fmt: skip
+        with torch.cuda.device_of(self.q):
+            backward_kernels.delta_kernel[(blocks * self.heads * self.samples,)](
+                *tensors, self.places[0], blocks, self.heads, self.max_q, *self.strides, D=self.width, D1=first,
+                D2=second, BM=DELTA_ROWS, PACKED=self.packed, WITH_LSE=with_lse, num_warps=4,
+            )  # fmt: skip
 
 
 def key_bounds(mask: Tensor) -> Tensor:

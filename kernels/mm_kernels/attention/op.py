@@ -52,7 +52,10 @@ def attention_backward_op(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
     cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k and v, contiguous."""
+    """The gradients of q, k and v, contiguous. Raises NotImplementedError under forward-mode derivatives."""
+    forward_mode.refuse("attention_backward")
+    if dlse is not None:  # of a row without keys, whose lse is -inf, any gradient is that of a constant
+        dlse = dlse.where(lse.isfinite(), 0.0)
     rest = mask, cu_q, cu_k, max_q, max_k, causal, scale
     if use_triton(q):
         from mm_kernels.attention import launch
@@ -62,10 +65,8 @@ def attention_backward_op(
     def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return reference.forward(q, k, v, *rest)
 
-    # Inside an op autograd records nothing; functorch does. The gradient of lse is 0 where a row has none: -inf.
-    pull = torch.func.vjp(both, q, k, v)[1]
-    dlse = torch.zeros_like(lse) if dlse is None else dlse.where(lse.isfinite(), 0.0)
-    dq, dk, dv = pull((dout, dlse))
+    pull = torch.func.vjp(both, q, k, v)[1]  # inside an op autograd records nothing; functorch does
+    dq, dk, dv = pull((dout, torch.zeros_like(lse) if dlse is None else dlse))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
@@ -104,7 +105,7 @@ def _flop(*args: Any, **_: Any) -> int:
     elif isinstance(cu_q, FakeTensor):
         pairs = (len(cu_q) - 1) * max_q * max_k
     else:
-        pairs = int((cu_q.diff() * cu_k.diff()).sum())
+        pairs = int((cu_q.diff().long() * cu_k.diff()).sum())
     products = 5 if backward else 2
     return products * 2 * pairs * q.shape[-2] * q.shape[-1]
 

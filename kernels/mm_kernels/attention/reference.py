@@ -62,12 +62,21 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, 
     return out.transpose(1, 2)
 
 
+SCORES = 1 << 24  # at once of packed sequences: beyond, halves of the batch follow each other, each padded to its own
+
+
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`[T, H, D]` and log-sum-exp `[H, T]` of packed sequences, padded for the scores and packed again."""
-    if not torch.compiler.is_compiling() and len(cu_q) > 1:  # what pads to the longest there is takes less time
-        max_q, max_k = min(max_q, int(cu_q.diff().max())), min(max_k, int(cu_k.diff().max()))
+    """`[T, H, D]` and log-sum-exp `[H, T]` of packed sequences, padded for the scores and packed again.
+
+    Raises ValueError where a sequence is longer than `max_q` or `max_k` says; not in a compiled graph.
+    """
+    samples = len(cu_q) - 1
+    if not torch.compiler.is_compiling() and samples > 0:  # what pads to the longest there is takes less time
+        max_q, max_k = _longest("max_q", cu_q, max_q), _longest("max_k", cu_k, max_k)
+        if samples > 1 and samples * q.shape[1] * max_q * max_k > SCORES:
+            return _in_halves(q, k, v, cu_q, cu_k, causal, scale)
     same = cu_q is cu_k and max_q == max_k and q.shape[0] == k.shape[0]
     queries = Ragged.of(cu_q, max_q, q.shape[0])
     keys = queries if same else Ragged.of(cu_k, max_k, k.shape[0])
@@ -81,6 +90,26 @@ def packed_attention(
     assert lse is not None
     lse = queries.pack(lse.transpose(1, 2)).masked_fill(~queries.kept[:, None], -torch.inf)
     return queries.pack(out), lse.transpose(0, 1)
+
+
+def _longest(name: str, offsets: Tensor, most: int) -> int:
+    longest = int(offsets.diff().max())
+    if longest > most:
+        raise ValueError(f"{name} = {most}: a sequence has {longest} tokens")
+    return longest
+
+
+def _in_halves(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    middle = (len(cu_q) - 1) // 2
+    row, column = int(cu_q[middle]), int(cu_k[middle])
+    first = (q[:row], k[:column], v[:column], cu_q[: middle + 1], cu_k[: middle + 1])
+    second = (q[row:], k[column:], v[column:], cu_q[middle:] - row, cu_k[middle:] - column)
+    outs, sums = zip(
+        *(packed_attention(*half, len(half[0]), len(half[1]), causal, scale) for half in (first, second)), strict=True
+    )
+    return torch.cat(outs), torch.cat(sums, 1)
 
 
 def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

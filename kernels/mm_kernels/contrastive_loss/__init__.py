@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mm_kernels import forward_mode
 from mm_kernels.contrastive_loss.op import contrastive_loss_op
 from mm_kernels.contrastive_loss.reference import contrastive_loss_reference
 from mm_kernels.runtime import use_triton
@@ -60,6 +61,7 @@ def contrastive_loss(
     inputs = [tensor for tensor in (image, text, logit_scale, logit_bias) if tensor is not None]
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs if forward_ad._current_level >= 0):
         raise NotImplementedError("contrastive_loss in tiles has no forward-mode derivative")
+    forward_mode.refuse_functorch("contrastive_loss in tiles")
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     name = "" if group is None else group.group_name
     return contrastive_loss_op(image, text, logit_scale, logit_bias, kind, chunk or 0, name, ring, gradients)[0]

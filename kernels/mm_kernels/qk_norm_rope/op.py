@@ -76,9 +76,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, *_ = ctx.saved_tensors
+    q, k, *_ = saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
     grad_q, grad_k = forward_mode.moved(grad_q, q), forward_mode.moved(grad_k, k)
-    grads = qk_norm_rope_backward_op(grad_q, grad_k, *ctx.saved_tensors, ctx.eps)
+    grads = qk_norm_rope_backward_op(grad_q, grad_k, *saved, ctx.eps)
     return *grads, None, None, None, None
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from exact_attention import exact_attention, inputs, offsets
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_kernels.attention import attention, attention_jvp
@@ -54,6 +55,32 @@ def test_exported_models_hold_the_op() -> None:
     program = torch.export.export(Model(), tensors)
     assert any("mm.attention" in str(node.target) for node in program.graph.nodes)
     assert torch.equal(program.module()(*tensors), Model()(*tensors))
+
+
+def test_offsets_need_not_be_contiguous() -> None:
+    tensors = inputs(16, 16, 2, 1, 16, None)
+    column = torch.stack([offsets(5, 7, 4)] * 2, 1)[:, 0]
+    assert not column.is_contiguous()
+    assert torch.equal(attention(*tensors, cu_q=column), attention(*tensors, cu_q=column.contiguous()))
+
+
+def test_any_gradient_of_the_statistic_of_a_row_without_keys_is_nothing() -> None:
+    tensors = [tensor.requires_grad_() for tensor in inputs(6, 3, 2, 1, 16)]
+    found = []
+    for bad in (0.0, torch.nan):
+        out, lse = attention(*tensors, causal=True, return_lse=True)
+        found.append(torch.autograd.grad((out, lse), tensors, (out.detach(), torch.where(lse.isinf(), bad, 1.0))))
+    for plain, guarded in zip(*found, strict=True):
+        assert torch.equal(plain, guarded)
+
+
+def test_derivatives_that_kernels_do_not_have_are_refused_and_not_zero() -> None:
+    q, k, v = inputs(5, 5, 1, 1, 16)
+    with pytest.raises(NotImplementedError, match="torch.func.grad"):
+        torch.func.grad(lambda q: attention(q, k, v).sum())(q)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="attention_backward has no forward-mode"):
+        dual = forward_ad.make_dual(q.requires_grad_(), torch.ones_like(q))
+        torch.autograd.grad(attention(dual, k, v).square().sum(), dual)
 
 
 def test_torchs_flop_counter_counts_the_op() -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mm import config as settings
 from mm.adapters.text import train_tokenizer
+from mm.nn.block import Block, JointBlock
 from mm.objectives.step import build_step
 from mm.types import Batch
 from mm_kernels import runtime
@@ -63,3 +65,21 @@ def test_a_training_step_runs_on_the_kernels(
     for name, gradient in plain.items():
         torch.testing.assert_close(kernels[name], gradient, rtol=1e-3, atol=2e-6 + 1e-4 * gradient.abs().max().item(),
                                    msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
+
+
+def test_blocks_on_the_kernels_can_be_checkpointed() -> None:
+    torch.manual_seed(0)
+    block, joint = Block(32, 2, causal=True), JointBlock(32, 2, update_context=True)
+    x, context = torch.randn(2, 5, 32, requires_grad=True), torch.randn(2, 3, 32, requires_grad=True)
+    offsets = torch.tensor([0, 4, 10], dtype=torch.int32)
+    places = torch.ones(2, 8, dtype=torch.bool), torch.randn(2, 32), (torch.ones(5, 8), torch.zeros(5, 8))
+
+    def both(run: Any) -> list[Tensor]:
+        packed = run(block, x.flatten(0, 1), None, offsets, 6)
+        ours, theirs = run(joint, x, context, *places)
+        total = packed.square().sum() + ours.square().sum() + theirs.square().sum()
+        return list(torch.autograd.grad(total, [x, context, block.q_norm, joint.image.q_norm]))
+
+    again = both(lambda module, *inputs: checkpoint(module, *inputs, use_reentrant=False))
+    for a, b in zip(again, both(lambda module, *inputs: module(*inputs)), strict=True):
+        assert torch.equal(a, b)
