@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -100,6 +101,24 @@ def measure(problem: Problem, side: Side, reference: Tensor | None) -> tuple[dic
     return row, tokens
 
 
+def compared(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The keys that every benchmark has: over the problems, median TFLOP/s of ours and of the best other side."""
+    timed = [row for row in rows if "tflops" in row]
+    by_problem = {row["problem"]: row["tflops"]["both"] for row in timed if row["side"] == "mm"}
+    others = [
+        max((row["tflops"]["both"] for row in timed if row["side"] != "mm" and row["problem"] == problem), default=None)
+        for problem in by_problem
+    ]
+    pairs = [(ours, best) for ours, best in zip(by_problem.values(), others, strict=True) if best]
+    ours, peer, ratio = (
+        (median(a for a, _ in pairs), median(b for _, b in pairs), median(a / b for a, b in pairs))
+        if pairs
+        else (None, None, None)
+    )
+    told = {"ours": ours, "peer": peer, "ratio": ratio, "unit": "TFLOP/s", "mark": 1.0, "better": "higher"}
+    return {"name": NAME, **told, "rounds": len(pairs)}
+
+
 def peak() -> float | None:
     """The GPU's matrix rate in TFLOP/s; None where it is not one of those that are listed."""
     name = torch.cuda.get_device_name()
@@ -113,7 +132,9 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         reason = "no GPU here: nothing is timed"
-        print(json.dumps({"name": NAME, "skipped": reason}) if args.json else f"{NAME}: {reason}")
+        print(f"{NAME}: {reason}")
+        if args.json:
+            print(json.dumps(compared([]) | {"skipped": reason} | circumstances(("mm", "torch", "triton"))))
         return
 
     correct()
@@ -142,7 +163,7 @@ def main() -> None:
                 )
             rows.append(told)
             torch.cuda.empty_cache()
-    result = {"name": NAME, "gpu": torch.cuda.get_device_name(), "peak_tflops": most, "rows": rows}
+    result = compared(rows) | {"gpu": torch.cuda.get_device_name(), "peak_tflops": most, "rows": rows}
     result |= circumstances(("mm", "torch", "triton"))
     print(f"\n{result['date']}, commit {result['commit']}, {result['versions']}")
     if args.json:

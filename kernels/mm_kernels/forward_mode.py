@@ -7,6 +7,8 @@ op refuses to run. The level is all that an op can go by: functorch takes the ta
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -15,6 +17,12 @@ from torch.autograd import forward_ad
 def active() -> bool:
     """Whether a forward-mode level is open: `torch.func.jvp`, or `torch.autograd.forward_ad.dual_level`."""
     return forward_ad._current_level >= 0
+
+
+@torch.compiler.disable
+def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """`function.apply`, outside of compiled graphs: torch.compile takes no function with a forward-mode rule."""
+    return function.apply(*inputs)
 
 
 def refuse(name: str) -> None:

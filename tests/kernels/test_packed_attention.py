@@ -47,7 +47,24 @@ def test_compiled_calls_without_maxima_pad_no_sequence_to_all_tokens() -> None:
 
 def test_tokens_of_no_sequence_give_zeros() -> None:
     tensors = [tensor.requires_grad_() for tensor in inputs(8, 8, 1, 1, 16, None)]
-    out = attention(*tensors, cu_q=torch.tensor([2, 5, 6], dtype=torch.int32))
-    assert out[:2].eq(0).all() and out[6:].eq(0).all() and out[2:6].ne(0).any()
+    out = attention(*tensors, cu_q=torch.tensor([0, 5, 6], dtype=torch.int32))
+    assert out[6:].eq(0).all() and out[:6].ne(0).any()
     nothing = attention(*(tensor[:0] for tensor in tensors), cu_q=offsets(0))
     assert nothing.shape == (0, 1, 16) and nothing.requires_grad
+    queries, keys = torch.randn(0, 1, 16, requires_grad=True), torch.randn(5, 1, 16, requires_grad=True)
+    for q, k, cu_q, cu_k in (
+        (queries, keys, offsets(0, 0), offsets(2, 3)),
+        (keys, queries, offsets(2, 3), offsets(0, 0)),
+    ):
+        out = attention(q, k, k, cu_q=cu_q, cu_k=cu_k)
+        assert not out.any() and all(not gradient.any() for gradient in torch.autograd.grad(out.sum(), (q, k)))
+
+
+@pytest.mark.parametrize("wrong", [[1, 4, 8], [0, 5, 3], [0, 4, 9], [[0, 8]], []])
+@pytest.mark.parametrize("longest", [None, 8])
+def test_offsets_that_cannot_be_meant_are_refused(wrong: list[Any], longest: int | None) -> None:
+    tensors = inputs(8, 8, 1, 1, 16, None)
+    with pytest.raises(ValueError, match="cu_q"):
+        attention(*tensors, cu_q=torch.tensor(wrong, dtype=torch.int32), max_q=longest, max_k=longest)
+    with pytest.raises(ValueError, match="cu_q"):
+        attention(*tensors, cu_q=torch.tensor([0.0, 8.0]))

@@ -184,3 +184,24 @@ def test_functions_and_ops_need_no_triton(root: Path) -> None:
     script = "import sys; sys.modules['triton'] = None; import torch, mm_kernels; print(torch.ops.mm.qk_norm_rope)"
     environment = {"PYTHONPATH": str(root / "kernels"), "PATH": ""}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_gradient_of_a_modulations_tangent_is_right(gated: bool) -> None:
+    """torch's layer norm gets it wrong; a difference of tangents tells."""
+    torch.manual_seed(0)
+    x, move, other = (torch.randn(2, 3, 8, dtype=torch.float64) for _ in range(3))
+    shift, scale, gate = (torch.randn(2, 8, dtype=torch.float64) for _ in range(3))
+    branch = (gate, other) if gated else ()
+
+    def tangent(x: Tensor) -> Tensor:
+        def of(x: Tensor) -> Tensor:
+            out = adaln_modulate(x, shift, scale, *branch)
+            return out[0] if gated else out
+
+        return torch.func.jvp(of, (x,), (move,))[1].sin().sum()
+
+    gradient = torch.autograd.grad(tangent(x.requires_grad_()), x)[0]
+    step = 1e-6 * other
+    difference = (tangent(x.detach() + step) - tangent(x.detach() - step)) / 2
+    torch.testing.assert_close((gradient * step).sum(), difference, rtol=1e-6, atol=1e-14)

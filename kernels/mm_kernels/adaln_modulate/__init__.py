@@ -39,7 +39,7 @@ def adaln_modulate(
         return out if residual is None else (out, h)
     forward_mode.refuse_functorch("adaln_modulate")
     if forward_mode.active():
-        out, h = AdalnModulate.apply(x, shift, scale, gate, residual, eps)
+        out, h = forward_mode.apply(AdalnModulate, x, shift, scale, gate, residual, eps)
     else:
         out, h = adaln_modulate_op(x, shift, scale, gate, residual, eps)
     return out if residual is None else (out, h)

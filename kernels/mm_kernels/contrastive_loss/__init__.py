@@ -49,6 +49,9 @@ def contrastive_loss(
         raise ValueError(f'kind = "{kind}": choose "softmax" or "sigmoid"')
     if image.ndim != 2 or image.shape != text.shape:
         raise ValueError(f"image {tuple(image.shape)}, text {tuple(text.shape)}: both must be [N, E]")
+    for name, number in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
+        if number is not None and number.numel() != 1:
+            raise ValueError(f"{name} {tuple(number.shape)}: one number, [1]")
     if ring and kind == "softmax":
         raise ValueError('ring = True: softmax needs statistics over all rows first; leave it out or choose "sigmoid"')
     if chunk is not None and chunk < 1:

@@ -39,7 +39,7 @@ def qk_norm_rope(
         return reference.forward(q, k, wq, wk, cos, sin, positions, eps)
     forward_mode.refuse_functorch("qk_norm_rope")
     if forward_mode.active():
-        return QkNormRope.apply(q, k, wq, wk, cos, sin, positions, eps)
+        return forward_mode.apply(QkNormRope, q, k, wq, wk, cos, sin, positions, eps)
     return qk_norm_rope_op(q, k, wq, wk, cos, sin, positions, eps)
 
 

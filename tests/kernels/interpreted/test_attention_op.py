@@ -46,6 +46,16 @@ def test_compiled_calls_launch_the_kernels(launched: Any) -> None:
         assert torch.equal(a, b)
 
 
+def test_compiled_tangents_leave_the_graph_and_are_right() -> None:
+    q, k, v = inputs(5, 5, 2, 1, 16)
+
+    def tangent(q: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(lambda q: attention(q, k, v) * 2, (q,), (q,))
+
+    for found, plain in zip(torch.compile(tangent, backend="aot_eager")(q), tangent(q), strict=True):
+        assert torch.equal(found, plain)
+
+
 def test_exported_models_hold_the_op() -> None:
     class Model(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
