@@ -76,6 +76,49 @@ def repair_bfloat16_rounding() -> None:
     interpreter.InterpreterBuilder.cast_impl = cast
 
 
+def refuse_stray_accesses() -> None:
+    """Make every load and store that a kernel does not mask out lie within one of the tensors that it was given.
+
+    The interpreter reads whatever is there, and a value that is dropped afterwards shows in no result; on a GPU the
+    read may end the process.
+    """
+    import numpy
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, take = builder.create_masked_load, builder.create_masked_store, executor._init_args_hst
+    extents: list[tuple[int, int]] = []
+
+    def taken(self, positional, named):
+        found = take(self, positional, named)
+        extents.clear()
+        for tensor in [*found[0], *found[1].values()]:
+            if hasattr(tensor, "data_ptr"):
+                steps = zip(tensor.shape, tensor.stride(), strict=True)
+                length = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
+                extents.append((tensor.data_ptr(), tensor.data_ptr() + length * tensor.element_size()))
+        return found
+
+    def check(pointers, mask, what):
+        active = pointers.data[numpy.broadcast_to(mask.data, pointers.data.shape)]
+        if active.size:
+            low = int(active.min())
+            high = int(active.max()) + max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+            assert any(start <= low and high <= end for start, end in extents), f"a {what} outside of all tensors"
+
+    def checked_load(self, pointers, mask, *rest):
+        check(pointers, mask, "load")
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self, pointers, value, mask, *rest):
+        check(pointers, mask, "store")
+        return store(self, pointers, value, mask, *rest)
+
+    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
+    executor._init_args_hst = taken
+
+
 if INTERPRETED:
     repair_bfloat16_products()
     repair_bfloat16_rounding()
+    refuse_stray_accesses()

@@ -36,7 +36,7 @@ def value_and_gradients(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...],
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("n", "width", "chunk"), [(1, 1, None), (33, 32, None), (70, 40, 48), (97, 72, 64)])
+@pytest.mark.parametrize(("n", "width", "chunk"), [(1, 1, None), (33, 32, None), (70, 40, 48), (97, 72, None)])
 def test_kernels_equal_float64(
     n: int,
     width: int,
@@ -51,7 +51,7 @@ def test_kernels_equal_float64(
     inputs = batch(n, width, kind, dtype)
     exact = value_and_gradients(contrastive_loss_reference, tuple(x.double() for x in inputs), kind=kind)
     torchs = value_and_gradients(contrastive_loss_reference, inputs, kind=kind)
-    guarded = tuple(guard(x, strided=chunk is not None) if x.ndim == 2 else guard(x) for x in inputs)
+    guarded = tuple(guard(x, strided=n > 33) if x.ndim == 2 else guard(x) for x in inputs)
     kernels = ["contrastive_statistics", "contrastive_softmax"] if kind == "softmax" else ["contrastive_sigmoid"]
     if dtype != torch.float32:
         kernels.append("contrastive_product")
@@ -82,7 +82,7 @@ def test_logits_far_apart_neither_overflow_nor_vanish(assert_accurate: Any) -> N
 
 
 def test_the_sigmoid_loss_keeps_its_digits_where_it_is_small(assert_accurate: Any) -> None:
-    for bias in (-3.0, -16.0, -60.0, 60.0):  # softplus of each: 5e-2, 1e-7, 9e-27, 60
+    for bias in (0.0, -3.0, -16.0, -60.0, 60.0):  # softplus of each: 0.7, 5e-2, 1e-7, 9e-27, 60
         image, text = torch.zeros(4, 2), torch.zeros(4, 2)
         numbers = torch.tensor([1.0]), torch.tensor([bias])
         _, sums = triton_tiles.sigmoid_weights(image, text, *numbers, first=9, gradients=True)
