@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import mm.config
-from mm.config import RULES, AlignConfig, ConfigError, TrainConfig, validate
+from mm.config import AlignConfig, ConfigError, TrainConfig, validate
 from mm.fields import leaves, tree
+from mm.rules import RULES
 from mm.settings import difference, from_dict, load, override, read, save, to_dict
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = [
     {"mm_kernels"},
     {"mm.types"},
-    {"mm.config", "mm.settings", "mm.fields"},
+    {"mm.config", "mm.settings", "mm.fields", "mm.rules"},
     {"mm.nn"},
     {"mm.adapters"},
     {"mm.models"},

@@ -1,0 +1,126 @@
+"""What makes a setting impossible: the range of every number, and what must fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mm.config import ConfigError, ModelConfig, TrainConfig
+from mm.fields import describe, fits, leaves
+
+# What a number must be, the test for it, and the fields it holds for (every element of a tuple).
+RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "at least 1",
+        lambda number: number >= 1,
+        "run.steps run.log_every data.batch_size data.shuffle_block data.shapes data.max_consecutive_errors "
+        "data.buffer_mb model.embed_dim model.image.size model.image.patch "
+        "model.image.width model.image.depth model.image.heads model.text.vocab_size model.text.context_length "
+        "model.text.width model.text.depth model.text.heads model.denoiser.patch model.denoiser.width "
+        "model.denoiser.depth model.denoiser.heads objectives.diffusion.copies objectives.align.block "
+        "optim.muon_steps optim.accumulate checkpoint.keep",
+    ),
+    (
+        "0 or more",
+        lambda number: number >= 0,
+        "run.seed run.eval_every run.sample_every run.diagnose_every data.workers data.cache_mb "
+        "model.denoiser.bottleneck "
+        "model.denoiser.context_depth objectives.contrastive.weight objectives.diffusion.weight "
+        "objectives.align.weight objectives.diffusion.text_grad objectives.diffusion.image_grad "
+        "objectives.align.warmup objectives.align.stop optim.weight_decay optim.muon_weight_decay optim.warmup "
+        "parallel.threads checkpoint.every",
+    ),
+    (
+        "above 0",
+        lambda number: number > 0,
+        "data.fetch_gb data.stall_seconds model.image.std "
+        "objectives.contrastive.init_scale objectives.contrastive.max_scale "
+        "objectives.diffusion.sigma_std objectives.diffusion.noise_scale objectives.diffusion.shift optim.lr "
+        "optim.muon_lr optim.clip",
+    ),
+    (
+        "between 0 and 1",
+        lambda number: 0 <= number <= 1,
+        "data.max_error_rate model.image.color_jitter model.text.word_dropout objectives.diffusion.drop_text "
+        "objectives.diffusion.drop_image objectives.align.gamma objectives.align.decay optim.final",
+    ),
+    ("above 0 and at most 1", lambda number: 0 < number <= 1, "model.image.crop_scale objectives.diffusion.share"),
+    ("at least 0 and below 1", lambda number: 0 <= number < 1, "optim.betas optim.muon_momentum optim.ema"),
+)
+
+
+def validate(config: TrainConfig) -> None:
+    """Refuses a config that cannot run, with a ConfigError that names the field, the value and a fix."""
+    values = {}
+    for name, value, hint in leaves(config):
+        if not fits(value, hint):
+            raise ConfigError(f"{name} = {value!r}: must be {describe(hint)}")
+        values[name] = value
+    for text, holds, names in RULES:
+        for name in names.split():
+            value = values.get(name, ())
+            if not all(map(holds, value if isinstance(value, tuple) else (value,))):
+                raise ConfigError(f"{name} = {value}: must be {text}")
+    _validate_model(config.model)
+    _validate_objectives(config)
+    _multiple("data.batch_size", config.data.batch_size, config.optim.accumulate, "optim.accumulate")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    image, text, denoiser = model.image, model.text, model.denoiser
+    # rotary positions turn one pair of channels a head for the row and one for the column
+    _multiple("model.image.width", image.width, 4 * image.heads, "4 x model.image.heads")
+    _multiple("model.image.size", image.size, image.patch, "model.image.patch")
+    _multiple("model.text.width", text.width, text.heads, "model.text.heads")
+    if text.tokenizer == "clip" and text.vocab_size != 49408:
+        raise ConfigError(
+            f"model.text.vocab_size = {text.vocab_size}: CLIP's tokenizer has 49408 entries; "
+            "set 49408, or model.text.tokenizer = corpus"
+        )
+    if denoiser:
+        _multiple("model.denoiser.width", denoiser.width, 4 * denoiser.heads, "4 x model.denoiser.heads")
+        _multiple("model.image.size", image.size, denoiser.patch, "model.denoiser.patch")
+        if denoiser.context_depth > denoiser.depth:
+            raise ConfigError(
+                f"model.denoiser.context_depth = {denoiser.context_depth}: there are only "
+                f"model.denoiser.depth = {denoiser.depth} blocks; set {denoiser.depth} or less"
+            )
+
+
+def _validate_objectives(config: TrainConfig) -> None:
+    contrastive, diffusion, align = (getattr(config.objectives, name) for name in ("contrastive", "diffusion", "align"))
+    if not (contrastive or diffusion):
+        raise ConfigError(
+            "objectives.contrastive = None and objectives.diffusion = None: nothing to train; switch one on"
+        )
+    if contrastive and contrastive.init_scale > contrastive.max_scale:
+        raise ConfigError(
+            f"objectives.contrastive.init_scale = {contrastive.init_scale}: must be at most "
+            f"objectives.contrastive.max_scale = {contrastive.max_scale}; lower the one or raise the other"
+        )
+    if diffusion and not config.model.denoiser:
+        raise ConfigError(
+            "model.denoiser = None: objectives.diffusion needs it; set model.denoiser, or objectives.diffusion = None"
+        )
+    if diffusion and diffusion.share < 1 and config.optim.accumulate > 1:
+        raise ConfigError(
+            f"objectives.diffusion.share = {diffusion.share}: with optim.accumulate = {config.optim.accumulate} other "
+            "samples would be drawn than in one batch; set one of the two to 1"
+        )
+    if align and not diffusion:
+        raise ConfigError(
+            "objectives.align is set: it needs objectives.diffusion; set that, or objectives.align = None"
+        )
+    if align and config.model.denoiser and align.block > config.model.denoiser.depth:
+        depth = config.model.denoiser.depth
+        raise ConfigError(
+            f"objectives.align.block = {align.block}: there are only model.denoiser.depth = {depth} blocks; "
+            f"set {depth} or less"
+        )
+
+
+def _multiple(name: str, value: int, of: int, what: str) -> None:
+    """Refuses `value` unless `of` divides it, naming the nearest values that work."""
+    if value % of:
+        below = value // of * of
+        choices = f"{below} or {below + of}" if below else f"{of}"
+        raise ConfigError(f"{name} = {value}: must be a multiple of {what} = {of}; try {choices}")
