@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from mm_kernels import contrastive_loss
@@ -48,6 +50,22 @@ def test_tiles_equal_float64(n: int, width: int, chunk: int, kind: str, assert_a
     for name, found, wanted in zip(("value", "image", "text", "scale", "bias"), ours, exact, strict=False):
         # the scale's gradient is a difference of sums as large as the logits
         assert_accurate(found, wanted, size=max(1.0, wanted.abs().max().item()) if name == "scale" else None, what=name)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 40),
+    width=st.integers(1, 20),
+    chunk=st.integers(1, 50),
+    scale=st.floats(0.1, 100),
+    kind=st.sampled_from(["softmax", "sigmoid"]),
+)
+def test_any_sizes_chunks_and_scales_equal_the_whole(n: int, width: int, chunk: int, scale: float, kind: str) -> None:
+    inputs = arguments(batch(n, width, scale, torch.float64), kind)
+    exact = value_and_gradients(contrastive_loss_reference, inputs, kind=kind)
+    ours = value_and_gradients(contrastive_loss, inputs, kind=kind, chunk=chunk)
+    for found, wanted in zip(ours, exact, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
