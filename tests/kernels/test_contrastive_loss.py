@@ -65,7 +65,7 @@ def test_any_sizes_chunks_and_scales_equal_the_whole(n: int, width: int, chunk: 
     exact = value_and_gradients(contrastive_loss_reference, inputs, kind=kind)
     ours = value_and_gradients(contrastive_loss, inputs, kind=kind, chunk=chunk)
     for found, wanted in zip(ours, exact, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(found, wanted, rtol=2e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
