@@ -26,6 +26,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parent / "bench"))
+from _common import circumstances
 from _mutants import KERNELS, ROOT, Mutant, mutants_of, source_of
 
 OUT = ROOT / "benchmarks" / "mutants.json"
@@ -166,6 +168,7 @@ def report(examined: dict[str, tuple[list[Mutant], dict[str, str]]], args: argpa
             reason = survivor["harmless"] or "why is it harmless?"
             print(f"  {place}: {survivor['rule']}: {survivor['before']} -> {survivor['after']}: {reason}")
     before |= {"seed": args.seed, "marks": {"share": args.mark}, "ops": dict(sorted(before["ops"].items()))}
+    before |= circumstances(("torch", "triton"))
     OUT.write_text(json.dumps(before, indent=1) + "\n")
     return min(shares)
 

@@ -34,15 +34,14 @@ def refuse(name: str) -> None:
         )
 
 
-def refuse_functorch(name: str) -> None:
+def refuse_functorch(name: str, instead: str = "it, or tensors of a CPU") -> None:
     """Raises NotImplementedError inside `torch.func.grad`, `vjp` and `vmap`, for which kernels have no rules."""
     if torch.compiler.is_compiling():
         return
     stack = torch._C._functorch.peek_interpreter_stack()
     if stack is not None and stack.key() != torch._C._functorch.TransformType.Jvp:
         raise NotImplementedError(
-            f"{name}: its kernels take gradients by torch.autograd and tangents by torch.func.jvp; "
-            "under torch.func.grad, vjp and vmap call it on tensors of a CPU"
+            f"{name}: gradients are to be had by torch.autograd, not by torch.func.grad, vjp or vmap: use {instead}"
         )
 
 

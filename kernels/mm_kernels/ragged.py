@@ -30,11 +30,11 @@ class Ragged(NamedTuple):
         real = near < (end - start)[:, None]
         slot = (start[:, None] + near).where(real, 0).flatten()
         row = torch.arange(rows, device=offsets.device)
-        if len(start) == 0 or longest == 0:
+        if start.shape[0] == 0 or longest == 0:
             return cls(offsets, real, slot, torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool))
         sequence = torch.searchsorted(end, row, right=True)
-        kept = (sequence < len(start)) & (row >= start[0])
-        at = sequence.clamp(max=len(start) - 1)
+        kept = (sequence < start.shape[0]) & (row >= start[0])
+        at = sequence.clamp(max=start.shape[0] - 1)
         return cls(offsets, real, slot, (at * longest + row - start.index_select(0, at)).where(kept, 0), kept)
 
     def pack(self, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Ragged(NamedTuple):
 def _taken(x: Tensor, index: Tensor, keep: Tensor, inverse: Tensor, wanted: Tensor) -> Tensor:
     """Row `index[i]` of x at i where `keep[i]`, else zero; `inverse` and `wanted` say the same of the way back."""
     if x.shape[0] == 0:
-        return x.new_zeros(len(index), *x.shape[1:]) + x.sum()  # which is 0, and keeps x in the graph
+        return x.new_zeros(index.shape[0], *x.shape[1:]) + x.sum()  # which is 0, and keeps x in the graph
     if forward_mode.active():  # torch.compile takes no autograd.Function that has a forward-mode rule
         return _rows(x, index, keep)
     taken: Tensor = _Rows.apply(x, index, keep, inverse, wanted)
@@ -75,6 +75,6 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         index, keep, inverse, wanted = ctx.saved_tensors
-        if len(gradient) == 0:
-            return gradient.new_zeros(len(wanted), *gradient.shape[1:]), None, None, None, None
+        if gradient.shape[0] == 0:
+            return gradient.new_zeros(wanted.shape[0], *gradient.shape[1:]), None, None, None, None
         return _taken(gradient, inverse, wanted, index, keep), None, None, None, None

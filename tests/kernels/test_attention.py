@@ -138,7 +138,9 @@ def test_compiled_and_exported_calls_equal_plain_ones(packed: bool) -> None:
     [
         ({"scale": 0.0}, "positive"),
         ({"mask": torch.ones(2, 3, dtype=torch.bool)}, "mask"),
-        ({"cu_q": torch.tensor([0, 5])}, "dimensions"),
+        ({"cu_q": torch.tensor([0, 5])}, "T, H, D"),
+        ({"scale": float("nan")}, "positive"),
+        ({"mask": torch.ones(2, 6)}, "float32: must be bool"),
         ({"cu_k": torch.tensor([0, 5])}, "cu_q"),
     ],
 )
@@ -150,3 +152,38 @@ def test_what_does_not_fit_is_refused(options: dict, said: str) -> None:
 def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple"):
         attention(*inputs(5, 6, heads=3))
+
+
+def test_errors_say_what_to_do() -> None:
+    q, k, v = inputs(5, 5)
+    with pytest.raises(ValueError, match="needs cu_q"):
+        attention(q[0], k[0], v[0])
+    with pytest.raises(ValueError, match="cu_q .*int32"):
+        attention(q[0], k[0], v[0], cu_q=[0, 5])
+    with pytest.raises(ValueError, match="floating type"):
+        attention(q.long(), k.long(), v.long())
+    with pytest.raises(ValueError, match="tk: must be a tensor"):
+        attention_jvp(q, k, v, q, None, None)
+    out, tangent = attention_jvp(q, k, v, q.double(), k, v)
+    assert out.dtype == tangent.dtype == q.dtype
+
+
+def test_shapes_are_known_on_the_meta_device() -> None:
+    q, k, v = (tensor.to("meta") for tensor in inputs(5, 7))
+    assert attention(q, k, v, causal=True).shape == q.shape
+
+
+def test_exported_packed_calls_take_any_number_of_sequences_and_tokens() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+            return attention(q, k, v, cu_q=offsets, max_q=7, max_k=7, causal=True)
+
+    def example(*lengths: int) -> tuple[Tensor, ...]:
+        tensors = [torch.randn(sum(lengths), heads, 8) for heads in (4, 2, 2)]
+        return *tensors, torch.tensor([0, *lengths]).cumsum(0).int()
+
+    tokens, sequences = torch.export.Dim("T", min=2), torch.export.Dim("S", min=3)
+    shapes = {"q": {0: tokens}, "k": {0: tokens}, "v": {0: tokens}, "offsets": {0: sequences}}
+    program = torch.export.export(Model(), example(3, 7, 2), dynamic_shapes=shapes).module()
+    for given in (example(3, 7, 2), example(1, 2, 3, 7, 4)):
+        torch.testing.assert_close(program(*given), Model()(*given))

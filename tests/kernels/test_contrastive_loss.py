@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mm_kernels import contrastive_loss
-from mm_kernels.contrastive_loss import contrastive_loss_reference
+from mm_kernels.contrastive_loss import SMALL, contrastive_loss_reference
 from mm_kernels.contrastive_loss.op import contrastive_loss_op
 
 Loss = Callable[..., Tensor]
@@ -200,3 +200,30 @@ def test_wrong_calls_are_refused(n: int, options: dict[str, Any], message: str) 
         contrastive_loss(torch.ones(n, 2), torch.ones(n, 2), torch.ones(1), **options)
     with pytest.raises(ValueError, match="both must be"):
         contrastive_loss(torch.ones(3, 2), torch.ones(2, 2), torch.ones(1))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("smallest", [2, SMALL + 1])
+def test_exported_losses_take_batches_of_any_size(kind: str, smallest: int) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+            return contrastive_loss(image, text, scale, kind=kind)
+
+    most = 4096 if smallest > 2 else SMALL
+    rows = torch.export.Dim("N", min=smallest, max=most)
+    inputs = batch(smallest + 9, 4)[:3]
+    program = torch.export.export(Module(), inputs, dynamic_shapes=({0: rows}, {0: rows}, None)).module()
+    others = batch(smallest + 30, 4)[:3]
+    torch.testing.assert_close(program(*others), Module()(*others))
+
+
+def test_what_is_no_number_is_refused() -> None:
+    image, text, scale, _ = batch(5, 4)
+    for wrong in (14.3, torch.ones(2)):
+        with pytest.raises(ValueError, match="logit_scale.* one number"):
+            contrastive_loss(image, text, wrong)
+    with pytest.raises(ValueError, match="logit_bias"):
+        contrastive_loss(image, text, scale, "sigmoid")
+    image, text, scale, _ = batch(SMALL + 1, 4)
+    with pytest.raises(NotImplementedError, match="at most 1,024 pairs"):
+        torch.func.grad(lambda image: contrastive_loss(image, text, scale))(image)

@@ -205,3 +205,13 @@ def test_the_gradient_of_a_modulations_tangent_is_right(gated: bool) -> None:
     step = 1e-6 * other
     difference = (tangent(x.detach() + step) - tangent(x.detach() - step)) / 2
     torch.testing.assert_close((gradient * step).sum(), difference, rtol=1e-6, atol=1e-14)
+
+
+def test_errors_name_what_is_missing() -> None:
+    x, vector = torch.randn(2, 3, 8), torch.randn(2, 8)
+    with pytest.raises(ValueError, match=r"x \[3, 8\]: must be \[B, N, D\]"):
+        adaln_modulate(x[0], vector, vector)
+    with pytest.raises(ValueError, match="scale None"):
+        adaln_modulate(x, vector, None)
+    with pytest.raises(ValueError, match="wq, wk"):
+        qk_norm_rope(x[:, :, None], x[:, :, None], None, None, None, None)

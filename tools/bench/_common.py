@@ -54,7 +54,8 @@ def report(
         args = arguments(name)
     a, b = median(ours), median(peer)
     ratio = b / a if better == "lower" else a / b
-    print(f"{name}: {a:.4g} against {b:.4g} {unit}: {ratio:.2f} times better (mark {mark}, {len(ours)} rounds)")
+    verdict = f"{ratio:.2f} times better" if ratio >= 1 else f"{1 / ratio:.2f} times worse"
+    print(f"{name}: {a:.4g} against {b:.4g} {unit}: {verdict} (mark {mark:.3g}, {len(ours)} rounds)")
     if args.json:
         result = {
             "name": name,

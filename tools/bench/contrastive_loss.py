@@ -19,6 +19,7 @@ from _common import alternate, arguments, report
 from torch import Tensor
 
 TIME, MEMORY = 1 / 0.6, 10.0  # how much faster and smaller ours is to be
+LEAST = 4096  # pairs; half as many are measured too
 SCALE = 14.3  # 1 / 0.07, where CLIP starts
 
 
@@ -91,6 +92,8 @@ def main() -> None:
         measure_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
         return
     args = arguments("the contrastive loss of a large batch", pairs=16384, width=512, rounds=5)
+    if args.pairs < LEAST:
+        raise SystemExit(f"--pairs {args.pairs}: at least {LEAST:,}; small batches are not cut into tiles")
     found = [compare(pairs, args.width, args.rounds) for pairs in (args.pairs // 2, args.pairs)]
     for row in found:
         mega = [round(extra / 1e6) for extra in row["extra_bytes"]]

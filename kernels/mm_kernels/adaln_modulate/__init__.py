@@ -26,10 +26,15 @@ def adaln_modulate(
     and the pair (modulated norm of h, h) is returned. Statistics are in float32; float64 in float64. Raises ValueError
     where shapes do not fit, and for a gate without a residual.
     """
+    if x.ndim != 3:
+        raise ValueError(f"x {[*x.shape]}: must be [B, N, D]; there is no packed form")
     samples, _, width = x.shape
     for name, vector in (("shift", shift), ("scale", scale), ("gate", gate)):
-        if vector is not None and vector.shape != (samples, width):
-            raise ValueError(f"{name} {[*vector.shape]} for x {[*x.shape]}: [{samples}, {width}]")
+        if vector is None and name == "gate":
+            continue
+        if not isinstance(vector, Tensor) or vector.shape != (samples, width):
+            found = [*vector.shape] if isinstance(vector, Tensor) else repr(vector)
+            raise ValueError(f"{name} {found} for x {[*x.shape]}: must be [{samples}, {width}]")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual {[*residual.shape]} for x {[*x.shape]}: the same shape")
     if gate is not None and residual is None:

@@ -69,7 +69,7 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """`[T, H, D]` and log-sum-exp `[H, T]` of packed sequences, padded for the scores and packed again."""
-    samples = len(cu_q) - 1
+    samples = cu_q.shape[0] - 1
     if not torch.compiler.is_compiling() and samples > 0:  # what pads to the longest there is takes less time
         max_q, max_k = min(max_q, int(cu_q.diff().max())), min(max_k, int(cu_k.diff().max()))
         if samples > 1 and samples * q.shape[1] * max_q * max_k > SCORES:

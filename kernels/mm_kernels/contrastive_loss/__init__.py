@@ -42,29 +42,30 @@ def contrastive_loss(
     process with the whole batch. Embeddings are gathered in their own type, gradients never; `ring` (sigmoid only)
     passes texts and their gradients round instead, in memory that does not grow with the number of processes.
 
-    There is no second derivative, and no forward-mode one, except for small batches on a CPU. Raises ValueError for
-    another kind, unequal or empty shapes, a chunk below 1 and a ring for softmax; NotImplementedError for tangents.
+    There is no second derivative, no forward-mode one and no `torch.func.grad`, except for small batches on a CPU.
+    Raises ValueError for another kind, unequal or empty shapes, a scale or bias that is not one number, a chunk below 1
+    and a ring for softmax; NotImplementedError for tangents.
     """
     if kind not in ("softmax", "sigmoid"):
         raise ValueError(f'kind = "{kind}": choose "softmax" or "sigmoid"')
     if image.ndim != 2 or image.shape != text.shape:
         raise ValueError(f"image {tuple(image.shape)}, text {tuple(text.shape)}: both must be [N, E]")
     for name, number in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
-        if number is not None and number.numel() != 1:
-            raise ValueError(f"{name} {tuple(number.shape)}: one number, [1]")
+        if number is not None and (not isinstance(number, Tensor) or number.numel() != 1):
+            raise ValueError(f"{name} = {number!r}: must be a tensor of one number, [1]")
     if ring and kind == "softmax":
         raise ValueError('ring = True: softmax needs statistics over all rows first; leave it out or choose "sigmoid"')
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk = {chunk}: a tile has at least one row")
     if group is None:
-        if len(image) == 0:
+        if image.shape[0] == 0:
             raise ValueError("no pairs: the mean over them is not defined")
-        if chunk is None and len(image) <= SMALL and not use_triton(image):
+        if chunk is None and image.shape[0] <= SMALL and not use_triton(image):
             return contrastive_loss_reference(image, text, logit_scale, logit_bias, kind)
     inputs = [tensor for tensor in (image, text, logit_scale, logit_bias) if tensor is not None]
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs if forward_ad._current_level >= 0):
         raise NotImplementedError("contrastive_loss in tiles has no forward-mode derivative")
-    forward_mode.refuse_functorch("contrastive_loss in tiles")
+    forward_mode.refuse_functorch("contrastive_loss in tiles", f"it, or at most {SMALL:,} pairs on a CPU")
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     name = "" if group is None else group.group_name
     return contrastive_loss_op(image, text, logit_scale, logit_bias, kind, chunk or 0, name, ring, gradients)[0]

@@ -19,5 +19,5 @@ def contrastive_loss_reference(
     if kind == "softmax":
         diagonal = logits.diagonal()
         return ((logits.logsumexp(1) + logits.logsumexp(0)) / 2 - diagonal).mean()
-    labels = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
-    return -F.logsigmoid(labels * logits).sum() / len(logits)  # softplus is a straight line above 20
+    labels = 2 * torch.eye(logits.shape[0], device=logits.device, dtype=logits.dtype) - 1
+    return -F.logsigmoid(labels * logits).sum() / logits.shape[0]  # softplus is a straight line above 20

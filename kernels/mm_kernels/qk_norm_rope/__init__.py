@@ -47,6 +47,10 @@ def _check(
     q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None
 ) -> None:
     """A kernel reads by these shapes; torch would broadcast some that are wrong."""
+    if not (isinstance(wq, Tensor) and isinstance(wk, Tensor)):
+        raise ValueError("wq, wk: must be tensors [D]; ones where nothing is learned")
+    if not (q.is_floating_point() and k.is_floating_point()):
+        raise ValueError(f"q and k are {q.dtype} and {k.dtype}: must be of a floating type")
     width = q.shape[-1]
     if q.ndim not in (3, 4) or q.shape[:-2] != k.shape[:-2] or k.shape[-1] != width:
         raise ValueError(f"q {[*q.shape]}, k {[*k.shape]}: both [B, N, H, D] or both [T, H, D], equal but for H")
