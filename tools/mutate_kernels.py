@@ -130,6 +130,16 @@ def fingerprint(op: str, args: argparse.Namespace) -> str:
     return digest.hexdigest()[:16]
 
 
+def red_before(op: str, state: Path, keys: set[str]) -> dict[str, str]:
+    """What the newest complete run before `state` found red: where tests were only added since, it still is."""
+    runs = sorted(state.parent.glob(f"{op}-*.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in runs:
+        results = dict(map(json.loads, path.read_text().splitlines()))
+        if path != state and keys <= results.keys():
+            return {key: said for key, said in results.items() if key in keys and said != "passed"}
+    raise SystemExit(f"--survivors: there is no complete earlier run of {op}")
+
+
 def report(examined: dict[str, tuple[list[Mutant], dict[str, str]]], args: argparse.Namespace) -> float:
     """Write benchmarks/mutants.json for these ops, others' entries kept; returns the smallest share found of an op."""
     before = json.loads(OUT.read_text()) if OUT.exists() else {"ops": {}}
@@ -182,6 +192,7 @@ def main() -> int:
     parser.add_argument("--deadline", type=float, default=200, help="seconds for the unbroken tests, default 200")
     parser.add_argument("--jobs", type=int, default=2, help="processes, default 2")
     parser.add_argument("--mark", type=float, default=0.9, help="share that must be red, default 0.9")
+    parser.add_argument("--survivors", action="store_true", help="only those that the last complete run left green")
     parser.add_argument("--list", action="store_true", help="only say which mutants there are")
     args = parser.parse_args()
     args.end = time.monotonic() + args.seconds
@@ -201,6 +212,8 @@ def main() -> int:
         state.parent.mkdir(parents=True, exist_ok=True)
         lines = state.read_text().splitlines() if state.exists() else []
         results = dict(map(json.loads, lines))
+        if args.survivors and not results:
+            results = red_before(op, state, {mutant.key for mutant in mutants})
         with state.open("a") as file:
 
             def keep(mutant: Mutant, said: str, file: Any = file) -> None:

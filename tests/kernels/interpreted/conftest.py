@@ -79,8 +79,9 @@ def repair_bfloat16_rounding() -> None:
 def refuse_stray_accesses() -> None:
     """Make every load and store that a kernel does not mask out lie within one of the tensors that it was given.
 
-    The interpreter reads whatever is there, and a value that is dropped afterwards shows in no result; on a GPU the
-    read may end the process.
+    And no two stores of a launch meet at one place. The interpreter reads whatever is there, and a value that is
+    dropped or written over afterwards shows in no result; on a GPU the read may end the process, and the last of two
+    stores is anyone's guess.
     """
     import numpy
     from triton.runtime import interpreter
@@ -88,10 +89,12 @@ def refuse_stray_accesses() -> None:
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, take = builder.create_masked_load, builder.create_masked_store, executor._init_args_hst
     extents: list[tuple[int, int]] = []
+    written: dict[int, numpy.ndarray] = {}  # by where a tensor begins: which of its bytes a store has begun at
 
     def taken(self, positional, named):
         found = take(self, positional, named)
         extents.clear()
+        written.clear()
         for tensor in [*found[0], *found[1].values()]:
             if hasattr(tensor, "data_ptr"):
                 steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -104,7 +107,15 @@ def refuse_stray_accesses() -> None:
         if active.size:
             low = int(active.min())
             high = int(active.max()) + max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-            assert any(start <= low and high <= end for start, end in extents), f"a {what} outside of all tensors"
+            around = [extent for extent in extents if extent[0] <= low and high <= extent[1]]
+            assert around, f"a {what} outside of all tensors"
+            if what == "store":
+                start, end = around[0]
+                places = (active - numpy.uint64(start)).astype(numpy.int64)
+                stored = written.setdefault(start, numpy.zeros(end - start, dtype=bool))
+                assert not stored[places].any(), "two stores at one place"
+                stored[places] = True
+                assert stored[places].sum() == len(numpy.unique(places)) == len(places), "a place stored twice at once"
 
     def checked_load(self, pointers, mask, *rest):
         check(pointers, mask, "load")
