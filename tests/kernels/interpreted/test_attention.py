@@ -201,18 +201,30 @@ def test_tangents_of_masked_and_packed_attention(form: str, poison: None, assert
             assert_accurate(a, b)
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("direct", [False, True], ids=["func.jvp", "attention_jvp"])
-def test_a_few_step_objective_learns_through_the_primal(direct: bool, assert_accurate: Any) -> None:
+def test_a_few_step_objective_learns_through_the_primal(direct: bool, causal: bool, assert_accurate: Any) -> None:
     q, k, v = inputs(20, 20, 1, 1, 16)
     move, weight = torch.randn_like(q), torch.eye(16).requires_grad_()
 
     def gradient(form: Callable[..., Tensor], dtype: torch.dtype, direct: bool) -> Tensor:
         a, b, c, d, w = (x.to(dtype) for x in (q, k, v, move, weight))
         if direct:
-            out, tangent = attention_jvp(a @ w, b, c, d @ w, torch.zeros_like(b), torch.zeros_like(c))
+            nothing = torch.zeros_like(b), torch.zeros_like(c)
+            out, tangent = attention_jvp(a @ w, b, c, d @ w, *nothing, causal=causal)
         else:
-            out, tangent = torch.func.jvp(lambda a: form(a @ w, b, c), (a,), (d,))
+            out, tangent = torch.func.jvp(lambda a: form(a @ w, b, c, causal=causal), (a,), (d,))
         return torch.autograd.grad((out - (out + tangent).detach() + out).square().sum(), weight)[0]
 
-    exact = gradient(lambda *tensors: exact_attention(*tensors)[0], torch.float64, False)
+    exact = gradient(lambda *tensors, **options: exact_attention(*tensors, **options)[0], torch.float64, False)
     assert_accurate(gradient(attention, torch.float32, direct), exact.double(), limit=4e-6)
+
+
+def test_the_primal_of_a_tangent_has_all_its_gradients(assert_accurate: Any) -> None:
+    tensors = [tensor.requires_grad_() for tensor in inputs(20, 20, 2, 1, 16)]
+    weight = torch.randn(2, 20, 2, 16)
+    out, _ = attention_jvp(*tensors, *(torch.ones_like(tensor) for tensor in tensors), causal=True)
+    doubles = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    exact = torch.autograd.grad((exact_attention(*doubles, causal=True)[0] * weight).sum(), doubles)
+    for found, wanted in zip(torch.autograd.grad((out * weight).sum(), tensors), exact, strict=True):
+        assert_accurate(found, wanted)
