@@ -34,6 +34,8 @@ class RunConfig:
     sample_every: int = 0  # steps between sample images; 0: only at the end
     diagnose_every: int = 0  # steps between gradient norms and cosine of the objectives on the encoders; 0: never
     tensorboard: bool = False  # also write TensorBoard events to <dir>/tensorboard
+    tracker: Literal["none", "wandb", "trackio"] = "none"  # also report there; its package must be installed
+    project: str = "mm"  # the tracker's name for a group of runs
 
 
 @dataclass(slots=True, kw_only=True)
@@ -163,15 +165,33 @@ class OptimConfig:
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "bf16_params"] = "bf16"  # bf16_params: shards are also gathered in bf16
     compile: bool = True
     threads: int = 0  # CPU threads of torch; 0: one a core
+    strategy: Literal["ddp", "fsdp", "hybrid"] = "ddp"  # whole copies; sharded; sharded in groups, copied across them
+    shard: int = 0  # hybrid: processes that share one copy; 0: those of one machine
+    reshard: bool = True  # fsdp, hybrid: free gathered weights after the forward and gather them again
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # selective: matrix products are kept
+    timeout: float = 1800.0  # seconds after which a collective that does not end is an error
 
 
 @dataclass(slots=True, kw_only=True)
 class CheckpointConfig:
     every: int = 100  # steps; 0: only at the end
-    keep: int = 2
+    minutes: float = 0.0  # also when the last one is so old; 0: never
+    keep: int = 2  # newest checkpoints that stay
+    keep_every: int = 0  # those of every so many steps stay too; 0: none
+    background: bool = True  # write while training goes on
+
+
+@dataclass(slots=True, kw_only=True)
+class HealthConfig:
+    nonfinite: Literal["stop", "skip", "rewind"] = "stop"  # a loss or gradient norm that is no number
+    spike: Literal["off", "stop", "skip", "rewind"] = "off"  # a loss far above those before it
+    spike_factor: float = 2.0  # that many times the median of the last `spike_window` steps
+    spike_window: int = 50
+    most: int = 3  # skips and rewinds in the run before it stops
+    stall_seconds: float = 600.0  # without progress: stacks are written and the run ends; 0: never
 
 
 @dataclass(slots=True, kw_only=True)
@@ -183,6 +203,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
 
 if not TYPE_CHECKING:  # seen by nobody's type checker, or every misspelt name would pass

@@ -17,7 +17,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "model.image.width model.image.depth model.image.heads model.text.vocab_size model.text.context_length "
         "model.text.width model.text.depth model.text.heads model.denoiser.patch model.denoiser.width "
         "model.denoiser.depth model.denoiser.heads objectives.diffusion.copies objectives.align.block "
-        "optim.muon_steps optim.accumulate checkpoint.keep",
+        "optim.muon_steps optim.accumulate checkpoint.keep health.spike_window health.most",
     ),
     (
         "0 or more",
@@ -27,7 +27,8 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "model.denoiser.context_depth objectives.contrastive.weight objectives.diffusion.weight "
         "objectives.align.weight objectives.diffusion.text_grad objectives.diffusion.image_grad "
         "objectives.align.warmup objectives.align.stop optim.weight_decay optim.muon_weight_decay optim.warmup "
-        "parallel.threads checkpoint.every",
+        "parallel.threads parallel.shard checkpoint.every checkpoint.minutes checkpoint.keep_every "
+        "health.stall_seconds",
     ),
     (
         "above 0",
@@ -35,7 +36,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "data.fetch_gb data.stall_seconds model.image.std "
         "objectives.contrastive.init_scale objectives.contrastive.max_scale "
         "objectives.diffusion.sigma_std objectives.diffusion.noise_scale objectives.diffusion.shift optim.lr "
-        "optim.muon_lr optim.clip",
+        "optim.muon_lr optim.clip parallel.timeout",
     ),
     (
         "between 0 and 1",
@@ -43,6 +44,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "data.max_error_rate model.image.color_jitter model.text.word_dropout objectives.diffusion.drop_text "
         "objectives.diffusion.drop_image objectives.align.gamma objectives.align.decay optim.final",
     ),
+    ("above 1", lambda number: number > 1, "health.spike_factor"),
     ("above 0 and at most 1", lambda number: 0 < number <= 1, "model.image.crop_scale objectives.diffusion.share"),
     ("at least 0 and below 1", lambda number: 0 <= number < 1, "optim.betas optim.muon_momentum optim.ema"),
 )

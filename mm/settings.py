@@ -22,9 +22,9 @@ from mm.fields import describe, fits, leaves, section, suggestion, tree
 # What may differ between a checkpoint and the run that resumes from it; a section stands for all its fields.
 MAY_CHANGE = frozenset(
     {"run.dir", "run.steps", "run.log_every", "run.eval_every", "run.sample_every", "run.diagnose_every"}
-    | {"run.tensorboard"}
+    | {"run.tensorboard", "run.tracker", "run.project"}
     | {"data.workers", "data.buffer_mb", "data.cache_mb", "data.fetch_gb", "data.stall_seconds"}
-    | {"parallel", "checkpoint"}
+    | {"parallel", "checkpoint", "health"}
 )
 
 

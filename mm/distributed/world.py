@@ -1,0 +1,103 @@
+"""The processes of a run: which one this is, and how all of them agree.
+
+What is decided (stop, save, skip, walk back) is decided by all processes together, over a group of its own on the CPU
+(gloo), so that nothing on a GPU waits for it. In one process every function here answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mm.config import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """Process `rank` of `size`; `local_rank` of the `local_size` on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    control: dist.ProcessGroup | None = None  # on the CPU, for agreement; None in one process
+    saving: dist.ProcessGroup | None = None  # the same for the thread that writes checkpoints
+
+    @property
+    def main(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    def total(self, numbers: Sequence[int]) -> list[int]:
+        """The sums over all processes."""
+        return self._reduced(torch.tensor(numbers, dtype=torch.int64), dist.ReduceOp.SUM)
+
+    def most(self, numbers: Sequence[float]) -> list[float]:
+        """The largest of each number over all processes."""
+        return self._reduced(torch.tensor(numbers, dtype=torch.float64), dist.ReduceOp.MAX)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return self.most([float(flag)])[0] > 0
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every process' item, by rank. Small things only: they are pickled, between processes of one run."""
+        if self.control is None:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.control)
+        return items
+
+    def share(self, item: Any) -> Any:
+        """The item of process 0."""
+        if self.control is None:
+            return item
+        box = [item]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def _reduced(self, numbers: torch.Tensor, how: Any) -> list[Any]:
+        if self.control is not None:
+            dist.all_reduce(numbers, op=how, group=self.control)
+        return numbers.tolist()
+
+
+@contextlib.contextmanager
+def joined(device: torch.device, timeout: float) -> Iterator[World]:
+    """The world that torchrun describes in the environment; its process groups end with the block.
+
+    Raises ConfigError where the environment is incomplete.
+    """
+    size = _number("WORLD_SIZE", 1)
+    if size == 1:
+        yield World()
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(f"WORLD_SIZE = {size}, but {', '.join(missing)} is not set; start with torchrun")
+    wait = timedelta(seconds=timeout)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=wait, device_id=device if device.type == "cuda" else None)
+    try:
+        rank, local = dist.get_rank(), _number("LOCAL_RANK", 0)
+        control, saving = (dist.new_group(backend="gloo", timeout=wait) for _ in range(2))
+        assert isinstance(control, dist.ProcessGroup) and isinstance(saving, dist.ProcessGroup)
+        yield World(rank, size, local, _number("LOCAL_WORLD_SIZE", 1), control, saving)
+    finally:
+        dist.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise ConfigError(f"{name} = {text!r}: must be a number; torchrun sets it")
+    return int(text)
