@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import runs
+from mm.config import CheckpointConfig
 from mm.data.build import openmoji
-from mm.training import checkpoint
+from mm.distributed.world import World
+from mm.training.checkpoint import Checkpoints
+from runs import records, same, weights
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
 
 
@@ -29,29 +30,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def command(shards: str, run: Path, *more: str) -> list[str]:
     flags = ["--data.train", shards, "--run.dir", str(run), "--run.steps", str(STEPS), "--checkpoint.every", "2"]
-    return [sys.executable, "-m", "mm.train", str(ROOT / "configs/debug.py"), *flags, *more]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "2"}
+    return runs.command(*flags, *more)
 
 
 def train(shards: str, run: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(shards, run, *more), env=environment(), capture_output=True, text=True, timeout=240, check=False
-    )
-
-
-def weights(run: Path) -> bytes:
-    return (run / "export/model.safetensors").read_bytes()
-
-
-def final_state(run: Path) -> bytes:
-    return (run / f"checkpoints/step-{STEPS:08d}/state.safetensors").read_bytes()
-
-
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return runs.train(*command(shards, run, *more)[4:])
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +72,12 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(
     assert train(shards, tmp_path / "again", "--optim.name", "muon").returncode == 0
     assert weights(tmp_path / "again") == weights(finished)
     assert train(shards, tmp_path / "other", "--optim.name", "muon", "--run.seed", "1").returncode == 0
-    assert final_state(tmp_path / "other") != final_state(finished)
+    assert not same(tmp_path / "other", finished)
 
 
 def test_workers_do_not_change_the_run(shards: str, finished: Path, tmp_path: Path) -> None:
     assert train(shards, tmp_path / "run", "--optim.name", "muon", "--data.workers", "2").returncode == 0
-    assert final_state(tmp_path / "run") == final_state(finished)
+    assert same(tmp_path / "run", finished)
 
 
 def killed(process: subprocess.Popen, run: Path, after: int, number: int) -> int:
@@ -111,7 +94,7 @@ def killed(process: subprocess.Popen, run: Path, after: int, number: int) -> int
 def started(shards: str, tmp_path: Path) -> Iterator[tuple[subprocess.Popen, Path]]:
     run = tmp_path / "run"
     process = subprocess.Popen(
-        command(shards, run, "--optim.name", "muon"), env=environment(), stderr=subprocess.PIPE, text=True
+        command(shards, run, "--optim.name", "muon"), env=runs.environment(), stderr=subprocess.PIPE, text=True
     )
     yield process, run
     process.kill()
@@ -129,7 +112,7 @@ def test_a_killed_run_ends_with_the_same_weights(
     result = train(shards, run, "--optim.name", "muon")
     assert result.returncode == 0, result.stderr
     assert "resuming after step" in result.stderr
-    assert final_state(run) == final_state(finished)
+    assert same(run, finished)
     assert weights(run) == weights(finished)
     assert [line["step"] for line in records(run)] == list(range(1, STEPS + 1))
     assert records(run)[-1]["order"] == records(finished)[-1]["order"]
@@ -146,7 +129,7 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(
     reached = int((run / "latest").read_text().split("-")[1])
     assert 2 <= reached < STEPS
     assert train(shards, run, "--optim.name", "muon").returncode == 0
-    assert final_state(run) == final_state(finished)
+    assert same(run, finished)
 
 
 def test_a_finished_run_started_again_does_nothing(shards: str, finished: Path) -> None:
@@ -169,7 +152,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished: Path, tmp_path: Path, dam
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     newest = run / f"checkpoints/step-{STEPS:08d}"
-    state = newest / "state.safetensors"
+    state = next(newest.glob("*.distcp"))
     if damage == "flip":
         content = bytearray(state.read_bytes())
         content[len(content) // 2] ^= 1
@@ -180,8 +163,8 @@ def test_a_damaged_checkpoint_is_passed_over(finished: Path, tmp_path: Path, dam
         state.unlink()
     else:
         (newest / "manifest.json").write_text("{")
-    found = checkpoint.load(run)
-    assert found is not None and found[1]["step"] == STEPS - 2
+    found = Checkpoints(run, CheckpointConfig(), World()).newest()
+    assert found is not None and found.step == STEPS - 2
 
 
 def test_divergence_stops_and_names_samples(shards: str, tmp_path: Path) -> None:
