@@ -6,6 +6,8 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,15 @@ def _examine(folders: Sequence[Path], latest: str) -> list[dict[str, Any]]:
     seen = [(folder, *manifest.inspect(folder)) for folder in folders]
     total = sum(content.size for _, content, problem in seen if content and not problem)
     records = []
-    with tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
+    show = sys.stderr.isatty()
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=not show) as bar,
+    ):
         for folder, content, problem in seen:
             if content and not problem:
-                found = (manifest.damage(folder, name, entry, bar.update) for name, entry in content.files.items())
+                check = partial(manifest.damage, folder, progress=bar.update)
+                found = pool.map(check, content.files, content.files.values())
                 problem = next(filter(None, found), "")
             if not folder.exists():  # a run that goes on has dropped it meanwhile
                 continue
