@@ -114,8 +114,10 @@ class Checkpoints:
     def newest(self) -> Found | None:
         """The newest whole checkpoint, or None where there is none; rank 0 says so when a damaged one is passed over.
 
-        The files are hashed by all processes, each some of them. Raises ConfigError where every one is damaged.
+        A save that is still running is waited for. The files are hashed by all processes, each some of them. Raises
+        ConfigError where every one is damaged.
         """
+        self._join()
         folders: list[Path] = self.world.share(manifest.committed(self.run) if self.world.main else None)
         for folder in folders:
             if problem := self._damage(folder):

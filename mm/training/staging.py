@@ -80,9 +80,14 @@ class HashedFile(io.BufferedWriter):
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "w"), 1 << 20)
         self.digest, self.size = hashlib.sha256(), 0
+        self.problem: OSError | None = None  # torch.save reports it as an error in its own bookkeeping
 
     def write(self, data: Any) -> int:
-        count = super().write(data)
+        try:
+            count = super().write(data)
+        except OSError as error:
+            self.problem = error
+            raise
         self.digest.update(data)
         self.size += count
         return count
@@ -100,8 +105,15 @@ class HashedFiles(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
         assert mode == "wb", mode
-        with HashedFile(Path(path)) as file:
-            yield file
+        file = HashedFile(Path(path))
+        try:
+            with file:
+                yield file
+        except (OSError, RuntimeError) as error:
+            problem = error if isinstance(error, OSError) else file.problem
+            if problem is None:
+                raise
+            raise OSError(problem.errno, problem.strerror, str(path)) from error
         self.written[Path(path).name] = Entry(file.size, file.digest.hexdigest())
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:

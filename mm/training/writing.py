@@ -69,8 +69,8 @@ def write(run: Path, config: CheckpointConfig, world: World, job: Job) -> None:
         fault("save.manifest", step)
         manifest.commit(run, fresh, step, config)
 
-    together(world, begin)
     try:
+        together(world, begin)
         files = HashedFiles()
         written = _write_tensors(fresh, job.tensors, files, world)
         entries = {name: entry for part in together(world, hashed) for name, entry in (part or {}).items()}
