@@ -69,11 +69,10 @@ def prepare_flight_recorder(run: Path) -> None:
 
 
 def dump_flight_recorder(run: Path, rank: int) -> None:
-    """What torch remembers of the last collectives, as JSON: `<run>/logs/flight-rank-N.json`."""
+    """What torch remembers of the last collectives, as JSON: `<run>/logs/flight-nccl-rank-N.json`, and for gloo."""
     import torch._C._distributed_c10d as c10d
 
-    for kind in ("nccl", "fr"):  # "fr" holds those on the CPU
+    for backend, kind in (("nccl", "nccl"), ("gloo", "fr")):
         text = getattr(c10d, f"_dump_{kind}_trace_json")()
         if b'"entries"' in text:
-            name = "flight" if kind == "nccl" else "flight-cpu"
-            (folder(run) / f"{name}-rank-{rank}.json").write_bytes(text)
+            (folder(run) / f"flight-{backend}-rank-{rank}.json").write_bytes(text)

@@ -132,19 +132,18 @@ class Watchdog:
         """Write what is known, agree on who is to blame, say it once, and end this process."""
         sign, rank, grace = self.sign(), self.world.rank, 2 * self.beat + 2.0
         path = self.run / "logs" / f"stall-rank-{rank}.txt"
-        if self.store is not None:
-            _within(grace, lambda: self._answer(sign))
+        heard = self.store is not None and not self._lost and _within(grace, lambda: self._answer(sign))
         wrote = _within(10.0, lambda: self._write_stacks(path))
         _within(10.0, lambda: dump_flight_recorder(self.run, rank))
         end = f"{f'stacks in {path.parent}' if wrote else 'no stacks could be written'}; {advice(self.saved)}"
         found = None
         if self.store is None:
             found = verdict({rank: sign}, [rank], 1), rank
-        elif not self._lost:
+        elif heard:
             found = _within(2 * grace + 5.0, lambda: self._confer(grace))
         text, speaker = found or (
-            f"no progress for {sign.seconds:.0f} s at step {sign.step}, in {sign.phase}: the store of the process group "
-            "does not answer, so that rank 0 or its launcher is stopped or gone",
+            f"no progress for {sign.seconds:.0f} s at step {sign.step}, in {sign.phase}: the store of the process "
+            "group does not answer, so that rank 0 or its launcher is stopped or gone",
             rank,
         )
         if speaker == rank:
@@ -154,9 +153,10 @@ class Watchdog:
         time.sleep(1.0)  # a launcher kills the others once the first is gone: by then they have said what they know
         os._exit(STALLED)
 
-    def _answer(self, sign: Sign) -> None:
+    def _answer(self, sign: Sign) -> bool:
         self.store.set(f"answer/{sign.rank}", sign.to_json())
         self.store.set("stall", str(sign.rank))
+        return bool(self.store.check(["stall"]))
 
     def _confer(self, grace: float) -> tuple[str, int]:
         """The text of all processes, and the rank that says it: the lowest that answered judges for all."""
