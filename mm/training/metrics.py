@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +13,22 @@ from typing import Any
 import torch
 
 from mm.config import ConfigError, TrainConfig
+from mm.training.trackers import Tracker
 
 
 class MetricsLog:
-    """Appends one JSON object a line. Lines after the step that a run resumes from are removed first."""
+    """Appends one JSON object a line. Lines after the step that a run resumes from are removed first.
 
-    def __init__(self, run: Path, step: int, tensorboard: bool, config: TrainConfig | None = None):
+    With `config`, also reports to its `run.tracker`. Raises ConfigError for a package that is not installed.
+    """
+
+    def __init__(self, run: Path, step: int, tensorboard: bool, *, config: TrainConfig | None = None):
         self.path = run / "metrics.jsonl"
+        last = 0.0  # the last step that any start of this run has reported
         if self.path.exists():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            last = max([number for number in map(_step, lines) if math.isfinite(number)], default=0.0)
+            kept = [line for line in lines if _step(line) <= step]
             fresh = run / ".metrics.tmp"
             fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             fresh.replace(self.path)
@@ -33,20 +41,27 @@ class MetricsLog:
                 raise ConfigError("run.tensorboard = True: tensorboard is not installed; pip install it") from error
 
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self.tracker = None
+        if config is not None and config.run.tracker != "none":
+            self.tracker = Tracker(run, config, last)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One line; every number also goes to TensorBoard where that is on."""
+        """One line; every number also goes to TensorBoard and a tracker, where they are on."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         if self.board is not None:
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self.board.add_scalar(name, value, record["step"])
+        if self.tracker is not None:
+            self.tracker.log(record)
 
     def close(self) -> None:
         self.file.close()
         if self.board is not None:
             self.board.close()
+        if self.tracker is not None:
+            self.tracker.close()
 
 
 class LedgerFile:
@@ -80,18 +95,6 @@ def _step(line: str) -> float:
         return float("inf")
 
 
-def gpu_memory(device: torch.device) -> dict[str, float]:
-    """Gigabytes that tensors have taken at most since the last call, and that are reserved; nothing on a CPU."""
-    if device.type != "cuda":
-        return {}
-    found = {
-        "gpu_gb": torch.cuda.max_memory_allocated(device) / 1e9,
-        "gpu_reserved_gb": torch.cuda.memory_reserved(device) / 1e9,
-    }
-    torch.cuda.reset_peak_memory_stats(device)
-    return found
-
-
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, rounds: int = 7) -> float:
     """FLOP/s of a square matrix product on this device, now: the median of several rounds after a warm-up."""
     if device.type == "cuda":
@@ -106,3 +109,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, roun
         if number >= 2:
             seconds.append(time.perf_counter() - start)
     return 2 * size**3 / median(seconds)
+
+
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """`gpu_gb`, the most that tensors took since the last call, and `gpu_reserved_gb`, that torch held for them.
+
+    In 1e9 bytes; empty where the device is no CUDA GPU.
+    """
+    if device.type != "cuda":
+        return {}
+    most = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"gpu_gb": most[0] / 1e9, "gpu_reserved_gb": most[1] / 1e9}
