@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mm import config as settings
+
+if TYPE_CHECKING:
+    from mm.config import TrainConfig
 
 USAGE = """\
 usage: mm train CONFIG [--section.field value ...]
@@ -33,30 +38,73 @@ def train(argv: Sequence[str]) -> int:
     if not config.data.train:
         raise settings.ConfigError("data.train = '': names no shards; add --data.train FOLDER or a pattern")
 
+    return _together(config)
+
+
+def _together(config: TrainConfig) -> int:
+    """Train with all processes that torchrun started, or alone; the exit code, once this process has said why."""
+    from mm.training import logs
+
+    folder, rank, code = Path(config.run.dir), int(os.environ.get("RANK", "0")), 1
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if several:
+        logs.prepare_flight_recorder(folder)
+    tell = logs.redirect(folder, rank) if several else _tell
     from mm.distributed.device import pick_device
     from mm.distributed.world import joined
     from mm.evaluation.callbacks import callbacks
+    from mm.training.checkpoint import SaveFailed
     from mm.training.loop import Stopped, run
 
-    device = pick_device(config.parallel)
-    with joined(device, config.parallel.timeout) as world:
-        try:
-            done = run(config, callbacks, world=world)
-        except Stopped as stopped:
-            if world.main:
-                print(f"mm: {stopped}", file=sys.stderr)
-                _tell(f"stopped {stopped.step} {stopped.signal}")
-            return stopped.exit_code
-        except Exception as error:
-            if world.main:
-                _tell(f"failed {error}")
+    outcome, agreed = "", False  # agreed: all processes know, and the first one says it
+    try:
+        with joined(pick_device(config.parallel), config.parallel.timeout) as world:
+            agreed = True
+            try:
+                outcome, code = f"finished {run(config, callbacks, world=world, tell=tell)['step']}", 0
+            except Stopped as stopped:
+                outcome, code = f"stopped {stopped.step} {stopped.signal}", stopped.exit_code
+                if world.main:
+                    tell(str(stopped))
+    except (SaveFailed, RuntimeError) as error:
+        outcome = f"failed {error}"
+        if not isinstance(error, SaveFailed) and not (several and _left_alone(error)):
+            if rank:
+                tell(f"{type(error).__name__}: {error}; the rest is in {folder / 'logs' / f'rank-{rank}.txt'}")
             raise
-        if world.main:
-            _tell(f"finished {done['step']}")
-    return 0
+        if isinstance(error, SaveFailed) and rank == 0:
+            tell(f"error: {error}")
+        elif not isinstance(error, SaveFailed):
+            tell(
+                f"another process of the run ended or left ({_first_line(error)}); what it said is above or in "
+                f"{folder / 'logs'}; start the same command again to go on from the newest checkpoint"
+            )
+    except Exception as error:
+        outcome = f"failed {error}"
+        if rank and not (agreed and isinstance(error, ValueError)):
+            tell(f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        if rank == 0 and outcome:
+            _report(outcome)
+    return code
 
 
-def _tell(outcome: str) -> None:
+def _left_alone(error: RuntimeError) -> bool:
+    """Whether torch's error is that of a collective whose other end is gone or does not answer."""
+    words = ("closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "nccl", "connection refused")
+    return any(word in str(error).lower() for word in words)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _tell(line: str) -> None:
+    print(f"mm: {line}", file=sys.stderr)
+
+
+def _report(outcome: str) -> None:
     """One line for the script that launched this: finished STEP, stopped STEP SIGNAL or failed MESSAGE."""
     if path := os.environ.get("MM_STATUS"):
         with open(path, "w", encoding="utf-8") as file:

@@ -36,6 +36,7 @@ from mm.training.metrics import gpu_memory, matrix_rate
 from mm.training.preemption import Interrupted, Stop
 from mm.training.progress import Progress, say
 from mm.training.trainer import Callback, Trainer
+from mm.training.watchdog import Watchdog
 from mm.training.writer import Writer, unfinished
 from mm.types import Batch
 
@@ -55,20 +56,21 @@ def run(
     callbacks: Callable[[TrainConfig], Sequence[Callback]] | None = None,
     budget: float = 0.0,
     world: World | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Train `config.run.steps` steps in `config.run.dir`, from its newest checkpoint if it has one.
 
     `callbacks(config)` makes the evaluations to run on the way. With `budget` seconds, a new run first measures a few
     steps and sets `run.steps` to what fits, compilation included; a run that is resumed keeps its steps. `world`: the
-    processes that train together. Returns a summary. Raises ConfigError for a folder of another run, Diverged, and
-    Stopped when a signal ends it.
+    processes that train together; `tell` says what a person must see of any. Returns a summary. Raises ConfigError for
+    a folder of another run, Diverged, SaveFailed, and Stopped when a signal ends it.
     """
     started, world = time.perf_counter(), world or World()
     folder = Path(config.run.dir)
     divides(config, world.size)
     check(config.data.train, config.data.caption, config.data.weights)  # refused before the folder is made
     made = callbacks(config) if callbacks else ()
-    with run_folder.locked(folder, world), Stop().listening() as stop:
+    with run_folder.locked(folder, world), Stop().listening() as stop, contextlib.ExitStack() as held:
         saved = world.lead(lambda: run_folder.saved_config(folder))
         if budget and saved is not None:
             config.run.steps = saved.run.steps
@@ -82,6 +84,8 @@ def run(
         except Interrupted:  # nothing has been trained
             raise Stopped(0, stop.signal or 0) from None
         world.lead(lambda: run_folder.claim(folder, config))
+        dog = held.enter_context(Watchdog(folder, world, config.health.stall_seconds, tell=tell))
+        trainer.watch = dog.at
         trainer.restore()
         if trainer.step >= config.run.steps:
             if world.lead(lambda: unfinished(folder, trainer.step)):
@@ -165,7 +169,7 @@ def _loop(trainer: Trainer, stop: Stop) -> None:
     if trainer.step == 0 and "rewind" in (config.health.nonfinite, config.health.spike):
         trainer.save(wait=True)  # somewhere to go back to
     feed, agreement = Feed(trainer.loader, stop), Agreement(world, config.checkpoint.minutes)
-    signal = 0
+    signal = batches = 0
     with Writer(trainer) as writer, Progress(trainer.step, config.run.steps, world.main) as progress:
         while trainer.step < config.run.steps:
             start = time.perf_counter()
@@ -177,7 +181,8 @@ def _loop(trainer: Trainer, stop: Stop) -> None:
             if agreed.stop or batch is None:
                 signal = agreed.stop
                 break
-            trainer.watch("step", trainer.step)
+            trainer.watch("compile" if batches == 0 else "step", trainer.step)
+            batches += 1
             record = _advance(trainer, batch.to(trainer.device), agreed, start)
             if record is None:
                 writer.back()

@@ -24,7 +24,7 @@ from mm.models.export import save_export
 from mm.nn.sharded import own_part
 from mm.objectives.step import TrainStep
 from mm.settings import difference, from_dict, to_dict
-from mm.training.checkpoint import Checkpoints
+from mm.training.checkpoint import Checkpoints, SaveFailed
 from mm.training.ema import Ema
 from mm.training.faults import fault
 from mm.training.health import Health
@@ -62,6 +62,7 @@ class Trainer:
     watch: Callable[[str, int], None] = lambda phase, step: None  # told what the run is at
     flops: int = 0  # of one step in one process, forward and backward
     peak: float = 0.0  # FLOP/s of one device in the run's precision
+    failures: int = 0  # of saves, in a row
     saved: int = -1  # the step of the last checkpoint that was begun
     optimizers: Optimizers = field(init=False)
     ema: Ema = field(init=False)
@@ -167,10 +168,13 @@ class Trainer:
 
     def save(self, wait: bool = False) -> None:
         """Begin a checkpoint of this step, with the export of the averaged weights; `wait` until it is whole."""
-        if self.saved == self.step:
-            if wait:
-                self.checkpoints.finish()
+        last = self._settle()
+        if self.saved == self.step and last is None:
             return
+        if last is not None:
+            self.failures += 1
+            if self.failures > 1:
+                raise last
         state = self.ema.export()
         copies = {name: tensor.cpu().clone() for name, tensor in state.items()} if self.world.main else {}
         note = {"format": "mm", "step": str(self.step)}
@@ -189,8 +193,17 @@ class Trainer:
             "tokenizer": _digest(tokenizer),
             "config": to_dict(self.config),
         }
-        self.checkpoints.save(self.step, self.tensors(), scalars, export, wait=wait)
         self.saved = self.step
+        self.checkpoints.save(self.step, self.tensors(), scalars, export, wait=wait)
+
+    def _settle(self) -> SaveFailed | None:
+        """Wait for the save that is running; why it failed, if it did: one failure is survived, not two in a row."""
+        try:
+            self.checkpoints.finish()
+        except SaveFailed as error:
+            return error
+        self.failures = 0
+        return None
 
     def restore(self) -> bool:
         """Continue from the newest good checkpoint, if there is one.

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mm.data.build import openmoji
+from runs import same
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -32,15 +33,11 @@ def start(shards: str, run: Path) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "mm.train", str(ROOT / "configs/demo.py"), *flags], cwd=ROOT)
 
 
-def state(run: Path) -> bytes:
-    return (run / f"checkpoints/step-{STEPS:08d}/state.safetensors").read_bytes()
-
-
 def test_the_demo_repeats_itself_and_survives_a_kill(shards: str, tmp_path: Path) -> None:
     assert shutil.which("g++"), "this test is about compiled code"
     for name in ("one", "two"):
         assert start(shards, tmp_path / name).wait(timeout=600) == 0
-    assert state(tmp_path / "one") == state(tmp_path / "two")
+    assert same(tmp_path / "one", tmp_path / "two")
     process = start(shards, tmp_path / "killed")
     deadline = time.monotonic() + 500
     while not (tmp_path / "killed/checkpoints/step-00000002").exists():
@@ -49,4 +46,4 @@ def test_the_demo_repeats_itself_and_survives_a_kill(shards: str, tmp_path: Path
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert start(shards, tmp_path / "killed").wait(timeout=600) == 0
-    assert state(tmp_path / "killed") == state(tmp_path / "one")
+    assert same(tmp_path / "killed", tmp_path / "one")

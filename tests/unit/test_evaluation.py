@@ -13,6 +13,7 @@ from PIL import Image
 
 from mm.adapters.text import train_tokenizer
 from mm.config import ConfigError
+from mm.distributed.world import World
 from mm.evaluation import run as evaluation
 from mm.evaluation.callbacks import callbacks
 from mm.evaluation.images import grid, pixel_rank, within, write_whole
@@ -179,18 +180,25 @@ def test_callbacks_measure_and_draw_the_model_of_the_run(
     assert callbacks(config) == [], "nothing to look at without data.val"
     config.data.val, config.run.eval_every = str(openmoji_shards / "val-*.tar"), 5
     extras = {name: tensor for name, tensor in step.state_dict().items() if name.startswith("objectives.")}
-    context = SimpleNamespace(model=step.model, config=config, extras=lambda: extras, run_dir=tmp_path, step=100)
+    context = SimpleNamespace(model=step.model, config=config, extras=lambda: extras, run_dir=tmp_path, step=100, world=World())
     state = torch.get_rng_state()
     measure, draw = callbacks(config)
     assert (measure.every, draw.every) == (5, 0)
-    found = measure(context)
+    found = measure.whole(context, [measure.part(context)])
     assert set(found) == {"val/top1"} and 0 <= found["val/top1"] <= 1
-    assert draw(context) == {}
+    assert draw.whole(context, [draw.part(context)]) == {}
     path = tmp_path / "samples" / "step-00000100.png"
     first = path.read_bytes()
     assert Image.open(path).width > 8 * 96 and [entry.name for entry in path.parent.iterdir()] == [path.name]
-    draw(context)
+    parts = []
+    for rank in range(2):  # two processes draw the same
+        context.world = World(rank, 2)
+        parts.append((measure.part(context), draw.part(context)))
+    path.unlink()
+    context.world = World()
+    draw.whole(context, [part for _, part in parts])
     assert path.read_bytes() == first
+    assert measure.whole(context, [part for part, _ in parts]) == found
     assert torch.equal(torch.get_rng_state(), state), "the run's own random numbers moved"
     config.data.val = str(tmp_path / "nothing-*.tar")
     with pytest.raises(ConfigError, match="no shard at"):
