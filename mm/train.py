@@ -56,44 +56,41 @@ def _together(config: TrainConfig) -> int:
     from mm.training.checkpoint import SaveFailed
     from mm.training.loop import Stopped, run
 
-    outcome, agreed = "", False  # agreed: all processes know, and the first one says it
+    outcome, met = "", False
     try:
         with joined(pick_device(config.parallel), config.parallel.timeout) as world:
-            agreed = True
+            met = True
             try:
                 outcome, code = f"finished {run(config, callbacks, world=world, tell=tell)['step']}", 0
             except Stopped as stopped:
                 outcome, code = f"stopped {stopped.step} {stopped.signal}", stopped.exit_code
                 if world.main:
                     tell(str(stopped))
-    except (SaveFailed, RuntimeError) as error:
-        outcome = f"failed {error}"
-        if not isinstance(error, SaveFailed) and not (several and _left_alone(error)):
-            if rank:
-                tell(f"{type(error).__name__}: {error}; the rest is in {folder / 'logs' / f'rank-{rank}.txt'}")
-            raise
-        if isinstance(error, SaveFailed) and rank == 0:
-            tell(f"error: {error}")
-        elif not isinstance(error, SaveFailed):
-            tell(
-                f"another process of the run ended or left ({_first_line(error)}); what it said is above or in "
-                f"{folder / 'logs'}; start the same command again to go on from the newest checkpoint"
-            )
     except Exception as error:
         outcome = f"failed {error}"
-        if rank and not (agreed and isinstance(error, ValueError)):
-            tell(f"{type(error).__name__}: {error}")
-        raise
+        if isinstance(error, SaveFailed):
+            if rank == 0:
+                tell(f"error: {error}")
+        elif several and _left_alone(error):
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
+                tell(
+                    f"error: another process ended or does not answer ({_first_line(error)}); what it said is above or "
+                    f"in {folder / 'logs'}; start the same command again to go on from the newest checkpoint"
+                )
+        else:
+            if rank and not (met and isinstance(error, ValueError)):  # which all raise, and the first one says
+                tell(f"{type(error).__name__}: {_first_line(error)}")
+            raise
     finally:
         if rank == 0 and outcome:
             _report(outcome)
     return code
 
 
-def _left_alone(error: RuntimeError) -> bool:
+def _left_alone(error: Exception) -> bool:
     """Whether torch's error is that of a collective whose other end is gone or does not answer."""
     words = ("closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "nccl", "connection refused")
-    return any(word in str(error).lower() for word in words)
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
 def _first_line(error: Exception) -> str:

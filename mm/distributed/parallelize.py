@@ -85,7 +85,9 @@ def parallelize(step: TrainStep, config: ParallelConfig, world: World, device: t
         if isinstance(module, Objective):
             module.group = dist.group.WORLD
     if config.strategy == "ddp":
-        wrapper = DistributedDataParallel(step, find_unused_parameters=unused, gradient_as_bucket_view=True)
+        wrapper = DistributedDataParallel(
+            step, broadcast_buffers=False, find_unused_parameters=unused, gradient_as_bucket_view=True
+        )
         return Parallel(step, wrapper, [*said, f"{world.size} processes, each with all weights"], wrapper)
     mesh = make_mesh(config, world, device)
     half = config.precision == "bf16_params"

@@ -32,10 +32,10 @@ class Ema:
         """The averages by parameter name."""
         return self.average
 
-    def export(self) -> dict[str, Tensor]:
-        """The module's whole state with averages in place of the trained parameters; all processes must ask."""
-        state = self.module.state_dict()
-        return {name: whole(self.average.get(name, tensor)) for name, tensor in state.items()}
+    def export(self) -> Iterator[tuple[str, Tensor]]:
+        """The module's whole state, one tensor at a time, with averages for the trained parameters; all must ask."""
+        for name, tensor in self.module.state_dict().items():
+            yield name, whole(self.average.get(name, tensor))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

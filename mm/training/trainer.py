@@ -175,8 +175,10 @@ class Trainer:
             self.failures += 1
             if self.failures > 1:
                 raise last
-        state = self.ema.export()
-        copies = {name: tensor.cpu().clone() for name, tensor in state.items()} if self.world.main else {}
+        copies = {}
+        for name, tensor in self.ema.export():  # gathered one by one: all together may not fit on a device
+            if self.world.main:
+                copies[name] = tensor.to("cpu", copy=True)
         note = {"format": "mm", "step": str(self.step)}
         tokenizer = self.model.tokenizer.to_json()
         config = from_dict(to_dict(self.config))
