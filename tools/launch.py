@@ -1,4 +1,6 @@
-"""torchrun whose exit code says how the training ended: python tools/launch.py --nproc-per-node=8 -m mm.train configs/x.py
+"""torchrun whose exit code says how the training ended.
+
+    python tools/launch.py --standalone --nproc-per-node=8 -m mm.train configs/x.py --run.dir runs/x
 
 Takes torchrun's flags. Ends with 0; with the exit code of the process that failed first (2: a setting is wrong;
 128 + signal: stopped after a save, or killed); with 143 when TERM came to this agent, after the processes have ended;
