@@ -38,8 +38,6 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmdSpoolDir={folder}/spool/%n
 StateSaveLocation={folder}/state
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -55,8 +53,8 @@ PreemptMode=REQUEUE
 ReturnToService=2
 KillWait=10
 MinJobAge=600
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=1000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=1000
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=1000
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=1000
 PartitionName=low Nodes=n[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
 PartitionName=high Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF
 """
@@ -93,7 +91,7 @@ class Cluster:
 
     def _start(self, name: str, *words: str | Path) -> None:
         path = f"{os.environ['PATH']}{os.pathsep}/usr/sbin{os.pathsep}/sbin"
-        with open(self.folder / f"{name}.out.log", "wb") as log:
+        with open(self.folder / f"{name}.log", "wb") as log:
             self.daemons[name] = subprocess.Popen(
                 [str(shutil.which(str(words[0]), path=path)), *map(str, words[1:])],
                 env=self.environment,
@@ -184,7 +182,7 @@ def local_cluster(folder: Path, grace: int = GRACE, user_signal: bool = True) ->
     key.write_bytes(os.urandom(128))
     cluster = Cluster(folder, {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")})
     try:
-        munge = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+        munge = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "seed")]
         cluster._start("munged", "munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *munge)
         cluster._wait("MUNGE:", 10, "munge", "--no-input", f"--socket={folder}/munge.socket")
         cluster._start("slurmctld", "slurmctld", "-D", "-c")
