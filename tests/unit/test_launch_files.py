@@ -204,7 +204,7 @@ def test_kubernetes_accepts_the_jobset(root: Path) -> None:
 def test_the_launcher_ends_with_the_code_of_the_process_that_failed(root: Path) -> None:
     bodies = {
         "kill -USR1 $PPID; exit 2": 2,  # USR1 is for the processes
-        "kill -KILL $$": 137,
+        "kill -KILL $BASHPID": 137,
         "trap 'exit 0' TERM; sleep 1; kill -TERM $PPID; for i in {1..100}; do sleep 0.1; done": 143,
     }
     launch = [sys.executable, str(root / "tools/launch.py"), "--nnodes=1", "--nproc-per-node=1", "--master-port=0"]
