@@ -78,24 +78,19 @@ class Jobs:
 
         def final() -> bool:
             nonlocal early
-            now = self.cluster.state(job)
-            if now == "PENDING" and not early and self.fact(job, "Restarts") != "0":
+            now = self.cluster.fact(job, "JobState")
+            if now == "PENDING" and not early and self.cluster.fact(job, "Restarts") != "0":
                 time.sleep(REQUEUE_RACE)
                 self.let_in(job)
                 early = True
             return now in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
         self.until(f"job {job} ended", final, seconds, job)
-        assert self.cluster.state(job) == state, self.output(job)
+        assert self.cluster.fact(job, "JobState") == state, self.output(job)
 
     def let_in(self, job: str) -> None:
         """Skip what is left of the two minutes that a requeued job waits."""
         self.cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now")
-
-    def fact(self, job: str, name: str) -> str:
-        """A field of `scontrol show job`."""
-        words = self.cluster.command("scontrol", "show", "job", job).split()
-        return dict(word.partition("=")[::2] for word in words)[name]
 
     def output(self, job: str) -> str:
         """What the job printed."""
@@ -118,7 +113,7 @@ def test_a_preempted_run_ends_with_the_weights_of_the_run_that_preempted_it(jobs
     low = jobs.submit("low", "interrupted")
     jobs.until("training", lambda: len(jobs.lines("interrupted")) >= 5, 90, low)
     high = jobs.submit("high", "whole")
-    jobs.until("back in the queue", lambda: jobs.cluster.state(low) == "PENDING", 60, low)
+    jobs.until("back in the queue", lambda: jobs.cluster.fact(low, "JobState") == "PENDING", 60, low)
     stopped = len(jobs.lines("interrupted"))
     jobs.until("preempting run training", lambda: len(jobs.lines("whole")) >= 1, 60, high)
     jobs.ends(high, "COMPLETED")
@@ -129,7 +124,7 @@ def test_a_preempted_run_ends_with_the_weights_of_the_run_that_preempted_it(jobs
     assert f"training stopped {stopped} 10" in jobs.output(low)
     assert f"resuming after step {stopped}" in jobs.output(low)
     assert f"training finished {STEPS}" in jobs.output(low)
-    assert jobs.fact(low, "Restarts") == "1" and jobs.fact(high, "Restarts") == "0"
+    assert jobs.cluster.fact(low, "Restarts") == "1" and jobs.cluster.fact(high, "Restarts") == "0"
     ours, theirs = jobs.lines("interrupted"), jobs.lines("whole")
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
     assert [line["order"] for line in ours] == [line["order"] for line in theirs]
@@ -142,7 +137,7 @@ def test_a_preempted_run_ends_with_the_weights_of_the_run_that_preempted_it(jobs
 def test_a_wrong_setting_is_not_tried_again(jobs: Jobs) -> None:
     job = jobs.submit("low", "wrong", "--data.batch-size", "15")
     jobs.ends(job, "FAILED")
-    assert jobs.fact(job, "Restarts") == "0" and jobs.fact(job, "ExitCode") == "2:0"
+    assert jobs.cluster.fact(job, "Restarts") == "0" and jobs.cluster.fact(job, "ExitCode") == "2:0"
     assert "data.batch_size = 15" in jobs.output(job)
 
 
@@ -151,7 +146,7 @@ def test_a_cancelled_run_saves_and_stays_cancelled(jobs: Jobs) -> None:
     jobs.until("training", lambda: len(jobs.lines("cancelled")) >= 5, 90, job)
     jobs.cluster.command("scancel", job)
     jobs.ends(job, "CANCELLED")
-    assert jobs.fact(job, "Restarts") == "0"
+    assert jobs.cluster.fact(job, "Restarts") == "0"
     step = jobs.lines("cancelled")[-1]["step"]
     assert f"training stopped {step} 15" in jobs.output(job)
     assert (jobs.folder / "cancelled/latest").read_text().strip() == f"step-{step:08d}"
@@ -159,7 +154,9 @@ def test_a_cancelled_run_saves_and_stays_cancelled(jobs: Jobs) -> None:
 
 def test_a_run_at_its_time_limit_saves_and_goes_back_to_the_queue(jobs: Jobs) -> None:
     job = jobs.submit("low", "limited", "--run.steps", "100000", options=("--time=2", "--signal=USR1@60"))
-    jobs.until("back in the queue", lambda: jobs.fact(job, "Restarts") == "1", 110, job)  # comes up to 30 s early
+    jobs.until(
+        "back in the queue", lambda: jobs.cluster.fact(job, "Restarts") == "1", 110, job
+    )  # comes up to 30 s early
     step = jobs.lines("limited")[-1]["step"]
     assert f"training stopped {step} 10" in jobs.output(job)
     jobs.cluster.command("scancel", job)

@@ -18,6 +18,7 @@ import yaml
 
 from mm import settings
 from mm.config import TrainConfig
+from tools.slurm import local_cluster
 
 STAND_INS = {
     "srun": """while [ "${1#-}" != "$1" ]; do echo "$1" >> srun.txt; shift; done
@@ -198,6 +199,21 @@ def test_kubernetes_accepts_the_jobset(root: Path) -> None:
     template = manifest["spec"]["replicatedJobs"][0]["template"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "mm"}, **template}
     validator.validate(job, validator.latest_version(), strict=True)
+
+
+def test_a_slurm_that_cannot_be_installed_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(local_cluster, "PROGRAMS", str(tmp_path))
+    monkeypatch.delenv("MM_INSTALL_SLURM", raising=False)
+    with pytest.raises(RuntimeError, match="slurmctld, slurmd, slurm-client, munge: not installed.*MM_INSTALL_SLURM=1"):
+        local_cluster.install()
+    apt = tmp_path / "apt-get"
+    apt.write_text('#!/bin/sh\necho "E: cannot $1"; exit 100\n')
+    apt.chmod(0o755)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("MM_INSTALL_SLURM", "1")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(RuntimeError, match="E: cannot install"):
+        local_cluster.install()
 
 
 @pytest.mark.timeout(120)

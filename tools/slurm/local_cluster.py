@@ -24,6 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
+PROGRAMS = os.pathsep.join(
+    [os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]
+)  # Debian has daemons beside a user's path
 GRACE = 20  # seconds between the signal of a preemption and the kill
 CONFIG = """\
 ClusterName=local
@@ -79,21 +82,19 @@ class Cluster:
             raise
         return done.stdout.strip()
 
-    def state(self, job: str) -> str:
-        """The state of a job, as in RUNNING or PENDING."""
-        return dict(word.partition("=")[::2] for word in self.command("scontrol", "show", "job", job).split())[
-            "JobState"
-        ]
+    def fact(self, job: str, name: str) -> str:
+        """A field of `scontrol show job`, as in JobState: RUNNING."""
+        words = self.command("scontrol", "show", "job", job).split()
+        return dict(word.partition("=")[::2] for word in words)[name]
 
     def logs(self) -> str:
         """The end of every daemon's log."""
         return "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in sorted(self.folder.glob("*.log")))
 
     def _start(self, name: str, *words: str | Path) -> None:
-        path = f"{os.environ['PATH']}{os.pathsep}/usr/sbin{os.pathsep}/sbin"
         with open(self.folder / f"{name}.log", "wb") as log:
             self.daemons[name] = subprocess.Popen(
-                [str(shutil.which(str(words[0]), path=path)), *map(str, words[1:])],
+                [str(shutil.which(str(words[0]), path=PROGRAMS)), *map(str, words[1:])],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -120,8 +121,7 @@ class Cluster:
 def missing() -> list[str]:
     """The packages whose program is not here."""
     programs = dict(zip(PACKAGES, ("slurmctld", "slurmd", "srun", "munged"), strict=True))
-    path = f"{os.environ['PATH']}{os.pathsep}/usr/sbin{os.pathsep}/sbin"
-    return [package for package, program in programs.items() if shutil.which(program, path=path) is None]
+    return [package for package, program in programs.items() if shutil.which(program, path=PROGRAMS) is None]
 
 
 def install() -> None:
@@ -146,7 +146,7 @@ def install() -> None:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                timeout=600,
+                timeout=180,
                 check=False,
             )
         except OSError as error:
@@ -205,18 +205,20 @@ def _free_ports(count: int) -> list[int]:
 
 def _end(cluster: Cluster) -> None:
     """End the jobs, then the daemons, slurmctld and munged last."""
-    if len(cluster.daemons) == 4:
-        with contextlib.suppress(subprocess.SubprocessError):
-            cluster.command("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}")
-            cluster.command("scancel", f"--user={getpass.getuser()}")
-            cluster._wait("0", 20, "bash", "-c", "squeue --noheader | wc -l")
-    for daemon in reversed(cluster.daemons.values()):
-        daemon.terminate()
-        try:
-            daemon.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            daemon.kill()
-            daemon.wait()
+    try:
+        if len(cluster.daemons) == 4:
+            user = f"--user={getpass.getuser()}"
+            cluster.command("scancel", "--full", "--signal=KILL", user)
+            cluster.command("scancel", user)
+            cluster._wait("none", 30, "bash", "-c", '[ -n "$(squeue --noheader)" ] || echo none')
+    finally:
+        for daemon in reversed(cluster.daemons.values()):
+            daemon.terminate()
+            try:
+                daemon.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
 
 
 def main(folder: Path) -> int:
