@@ -64,6 +64,7 @@ def batch(folder: Path, root: Path, *arguments: str, **variables: str) -> tuple[
         ("finished 100", 0, "RUNNING", False, False),
         ("stopped 7 10", 138, "RUNNING", False, True),  # preempted, or near the time limit
         ("stopped 7 15", 143, "RUNNING", True, True),
+        ("stopped 7 10", 138, "SIGNALING", False, True),
         ("stopped 7 15", 143, "COMPLETING", True, False),  # scancel
         ("failed data.train = x: no such folder", 2, "RUNNING", False, False),
         ("failed data.train = x: no such folder", 2, "RUNNING", True, False),
