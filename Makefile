@@ -23,8 +23,8 @@ demo: $(STAMP) ## data, training, evaluation, pictures and report.html in OUT
 test: lint ## lint and the fast tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
-test-all: lint ## lint and every test, slow ones too
-	$(BIN)/python -m pytest -q -m "slow or not slow" $(ARGS)
+test-all: lint ## lint and every test, slow ones too; as root, installs Slurm for its test
+	MM_INSTALL_SLURM=1 $(BIN)/python -m pytest -q -m "slow or not slow" $(ARGS)
 
 static: $(STAMP) ## shipped kernels compiled for four GPU architectures, no GPU needed; ARGS=--update commits figures
 	$(BIN)/python kernels/static $(ARGS)

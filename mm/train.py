@@ -12,6 +12,7 @@ from mm import config as settings
 
 if TYPE_CHECKING:
     from mm.config import TrainConfig
+    from mm.training.preemption import Stop
 
 USAGE = """\
 usage: mm train CONFIG [--section.field value ...]
@@ -38,10 +39,13 @@ def train(argv: Sequence[str]) -> int:
     if not config.data.train:
         raise settings.ConfigError("data.train = '': names no shards; add --data.train FOLDER or a pattern")
 
-    return _together(config)
+    from mm.training.preemption import Stop
+
+    with Stop().listening() as stop:  # before the slow imports: a scheduler may change its mind at once
+        return _together(config, stop)
 
 
-def _together(config: TrainConfig) -> int:
+def _together(config: TrainConfig, stop: Stop) -> int:
     """Train with all processes that torchrun started, or alone; the exit code, once this process has said why."""
     from mm.training import logs
 
@@ -56,18 +60,21 @@ def _together(config: TrainConfig) -> int:
     from mm.training.checkpoint import SaveFailed
     from mm.training.loop import Stopped, run
 
-    outcome, met = "", False
+    met = False
     try:
         with joined(pick_device(config.parallel), config.parallel.timeout) as world:
             met = True
             try:
-                outcome, code = f"finished {run(config, callbacks, world=world, tell=tell)['step']}", 0
+                outcome, code = f"finished {run(config, callbacks, world=world, tell=tell, stop=stop)['step']}", 0
             except Stopped as stopped:
                 outcome, code = f"stopped {stopped.step} {stopped.signal}", stopped.exit_code
                 if world.main:
                     tell(str(stopped))
+            if world.main:
+                _report(outcome)  # while signals are still held: the launcher's may come now
     except Exception as error:
-        outcome = f"failed {error}"
+        if rank == 0:
+            _report(f"failed {error}")
         if isinstance(error, SaveFailed):
             if rank == 0:
                 tell(f"error: {error}")
@@ -81,9 +88,6 @@ def _together(config: TrainConfig) -> int:
             if rank and not (met and isinstance(error, ValueError)):  # which all raise, and the first one says
                 tell(f"{type(error).__name__}: {_first_line(error)}")
             raise
-    finally:
-        if rank == 0 and outcome:
-            _report(outcome)
     return code
 
 

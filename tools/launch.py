@@ -27,6 +27,8 @@ def main(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    # on a shared store the keys of processes that died would meet those that --max-restarts starts (torch 2.14, gloo)
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         run(parse_args(list(argv)))
     except ChildFailedError as error:

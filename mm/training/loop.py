@@ -57,20 +57,23 @@ def run(
     budget: float = 0.0,
     world: World | None = None,
     tell: Callable[[str], None] | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Train `config.run.steps` steps in `config.run.dir`, from its newest checkpoint if it has one.
 
     `callbacks(config)` makes the evaluations to run on the way. With `budget` seconds, a new run first measures a few
     steps and sets `run.steps` to what fits, compilation included; a run that is resumed keeps its steps. `world`: the
-    processes that train together; `tell` says what a person must see of any. Returns a summary. Raises ConfigError for
-    a folder of another run, Diverged, SaveFailed, and Stopped when a signal ends it.
+    processes that train together. `tell` says what a person must see of any of them, and `stop` listens to signals
+    already. Returns a summary. Raises ConfigError for a folder of another run, Diverged, SaveFailed, and Stopped when a
+    signal ends it.
     """
     started, world = time.perf_counter(), world or World()
     folder = Path(config.run.dir)
     divides(config, world.size)
     check(config.data.train, config.data.caption, config.data.weights)  # refused before the folder is made
     made = callbacks(config) if callbacks else ()
-    with run_folder.locked(folder, world), Stop().listening() as stop, contextlib.ExitStack() as held:
+    with run_folder.locked(folder, world), contextlib.ExitStack() as held:
+        stop = stop or held.enter_context(Stop().listening())
         saved = world.lead(lambda: run_folder.saved_config(folder))
         if budget and saved is not None:
             config.run.steps = saved.run.steps

@@ -180,7 +180,9 @@ def test_callbacks_measure_and_draw_the_model_of_the_run(
     assert callbacks(config) == [], "nothing to look at without data.val"
     config.data.val, config.run.eval_every = str(openmoji_shards / "val-*.tar"), 5
     extras = {name: tensor for name, tensor in step.state_dict().items() if name.startswith("objectives.")}
-    context = SimpleNamespace(model=step.model, config=config, extras=lambda: extras, run_dir=tmp_path, step=100, world=World())
+    context = SimpleNamespace(
+        model=step.model, config=config, extras=lambda: extras, run_dir=tmp_path, step=100, world=World()
+    )
     state = torch.get_rng_state()
     measure, draw = callbacks(config)
     assert (measure.every, draw.every) == (5, 0)
