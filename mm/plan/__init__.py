@@ -1,1 +1,1 @@
-"""What a run would cost, without the machines: memory, FLOPs, traffic and time, from one step on tensors without data."""
+"""What a run would cost, without the machines: memory, FLOPs, traffic and time, from a step on tensors without data."""

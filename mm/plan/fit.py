@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mm.plan.simulate import Step
 
 USABLE = 0.9  # of the memory: the rest is left to driver, communication library, workspaces and fragments
-MOST_GPUS = 8  # times as many are tried
+MOST = 8  # times as many micro-batches, and GPUs, are tried
 
 Simulate = Callable[["TrainConfig", int], "Step"]
 
@@ -75,10 +75,9 @@ def _changes(config: TrainConfig, gpus: int) -> Iterator[tuple[str, str | int | 
     if not parallel.reshard:
         yield "parallel.reshard", True, gpus
     accumulate = config.optim.accumulate
-    while config.data.batch_size // (gpus * accumulate) > 1:
-        accumulate *= 2
-        yield "optim.accumulate", accumulate, gpus
-    for factor in (2, 4, MOST_GPUS):
+    for factor in (2, 4, MOST):
+        yield "optim.accumulate", factor * accumulate, gpus
+    for factor in (2, 4, MOST):
         yield "--gpus", factor * gpus, factor * gpus
 
 

@@ -56,9 +56,10 @@ class Tracker(TorchDispatchMode):
             self.flops[phase] += flop_registry[packet](*args, **kwargs, out_val=out)
         return out
 
-    def count(self, tensors: Iterable[Tensor], kind: str | None) -> None:
+    def count(self, tensors: Iterable[Tensor | None], kind: str | None) -> None:
         """From now on the tensors are of this kind; with None they are not counted at all."""
         for tensor in tensors:
+            assert tensor is not None
             self._see(tensor)
             entry = self._known[tensor.untyped_storage()._cdata][1]
             self._add(entry[0], -entry[1])
@@ -77,14 +78,14 @@ class Tracker(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
-        entry = [self.kind, storage.nbytes()]
+        entry: list[Any] = [self.kind, storage.nbytes()]
 
         def gone(_: Any) -> None:
             del self._known[key]
             self._add(entry[0], -entry[1])
 
         self._known[key] = (weakref.ref(storage, gone), entry)
-        self._add(*entry)
+        self._add(entry[0], entry[1])
 
     def _add(self, kind: str, size: int) -> None:
         self.live[kind] += size

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from mm.plan.hardware import Gpu
     from mm.plan.simulate import Step
 
-STATE_PASSES = 11  # of an update over a float32 parameter: its gradient read twice (norm), AdamW's two moments, the
-# parameter and the average read and written, the gradient scaled in between
+# Float32 numbers read and written an updated parameter: clipping reads the gradient for its norm and scales it (3),
+# AdamW reads parameter, gradient and two moments and writes all but the gradient (7), the average takes 3.
+STATE_PASSES = 13
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ ROOMS = [
     {"mm.api"},
     {"mm"},  # mm/__init__.py: `mm.load`
     {"mm.serving"},
-    {"mm.demo", "mm.train", "mm.cli", "mm.commands", "mm.commands_shards", "mm.usage", "mm.__main__"},
+    {"mm.demo", "mm.train", "mm.plan", "mm.cli", "mm.commands", "mm.commands_shards", "mm.commands_plan"}
+    | {"mm.usage", "mm.__main__"},
 ]
 RANKS = {name: rank for rank, room in enumerate(ROOMS) for name in room}
 SLOW_TO_IMPORT = {"diffusers", "open_clip", "timm", "webdataset", "transformers", "tensorboard", "matplotlib"}

@@ -90,7 +90,9 @@ def measure(setting: Any) -> dict[str, int]:
             }
             words = torch.randint(1, setting.model.text.vocab_size, (size, length))
             batch = Batch(pictures | {"text": words}, {"text": torch.full((size,), length)}, torch.arange(size))
-            metrics = step.backward(batch, setting.optim.accumulate, lambda: autocast(setting.parallel, torch.device("cpu")))
+            metrics = step.backward(
+                batch, setting.optim.accumulate, lambda: autocast(setting.parallel, torch.device("cpu"))
+            )
             del batch, pictures, words
             optimizers.clip()
             optimizers.step(number)
