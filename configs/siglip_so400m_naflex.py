@@ -5,8 +5,8 @@
 Data: DataComp-1B as its download tool (img2dataset) writes it, tars of jpg, txt and json with the width and height of
 each picture, which `mm shards index` enters into the sidecars: batches are grouped by aspect ratio.
 Recipe: SigLIP 2's (arXiv 2502.14786): batch 32k, 40 billion samples, 20,000 steps of warm-up, cosine, learning rate
-1e-3, weight decay 1e-4, gradients clipped at 1, captions of 64 tokens; betas (0.9, 0.95) and the logit's scale of 10 and bias
-of -10 to begin with are SigLIP's (arXiv 2303.15343).
+1e-3, weight decay 1e-4, gradients clipped at 1, captions of 64 tokens; betas (0.9, 0.95) and the logit's scale of 10
+and bias of -10 to begin with are SigLIP's (arXiv 2303.15343).
 What differs from SigLIP 2: the mean over patches where it has an attention head (MAP) of 15 M parameters; q and k are
 normalised; a vocabulary of 32,000 fitted to the captions, where it has Gemma's 256,000; padding is not attended to; the
 sigmoid loss alone, without its decoder, self-distillation and masked prediction; English data. What differs from its

@@ -6,9 +6,9 @@ Data: DataComp-1B as its download tool (img2dataset) writes it, tars of jpg, txt
 Recipe of the encoders: DataComp's for 12.8 billion samples (arXiv 2304.14108, `xlarge` of scale_configs.py in its
 repository): batch 90,112, AdamW 1e-3, betas (0.9, 0.95), 10,000 steps of warm-up, cosine; weight decay 0.2 as CLIP.
 Of the denoiser: JiT's (arXiv 2511.13720): the clean picture predicted, patches through a bottleneck of 128, logit-
-normal noise levels (0.8, 0.8), text hidden with probability 0.1, weights averaged at 0.9999; 12 blocks of width 768 as DiT-B
-(arXiv 2212.09748), which read the text without a stream of its own. Half of a batch is drawn from. That both recipes
-go together is untried: a place to start, not a result.
+normal noise levels (0.8, 0.8), text hidden with probability 0.1, weights averaged at 0.9999; 12 blocks of width 768 as
+DiT-B (arXiv 2212.09748), which read the text without a stream of its own. Half of a batch is drawn from. That both
+recipes go together is untried: a place to start, not a result.
 COST
 """
 
