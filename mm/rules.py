@@ -64,7 +64,7 @@ def validate(config: TrainConfig) -> None:
                 raise ConfigError(f"{name} = {value}: must be {text}")
     _validate_model(config.model)
     _validate_objectives(config)
-    _multiple("data.batch_size", config.data.batch_size, config.optim.accumulate, "optim.accumulate")
+    divides(config, 1)
 
 
 def _validate_model(model: ModelConfig) -> None:
@@ -103,11 +103,6 @@ def _validate_objectives(config: TrainConfig) -> None:
         raise ConfigError(
             "model.denoiser = None: objectives.diffusion needs it; set model.denoiser, or objectives.diffusion = None"
         )
-    if diffusion and diffusion.share < 1 and config.optim.accumulate > 1:
-        raise ConfigError(
-            f"objectives.diffusion.share = {diffusion.share}: with optim.accumulate = {config.optim.accumulate} other "
-            "samples would be drawn than in one batch; set one of the two to 1"
-        )
     if align and not diffusion:
         raise ConfigError(
             "objectives.align is set: it needs objectives.diffusion; set that, or objectives.align = None"
@@ -117,6 +112,21 @@ def _validate_objectives(config: TrainConfig) -> None:
         raise ConfigError(
             f"objectives.align.block = {align.block}: there are only model.denoiser.depth = {depth} blocks; "
             f"set {depth} or less"
+        )
+
+
+def divides(config: TrainConfig, processes: int) -> None:
+    """Refuses a batch that this many processes and `optim.accumulate` micro-batches cannot share out equally."""
+    parts, what = config.optim.accumulate * processes, "optim.accumulate"
+    if processes > 1:
+        what = f"{processes} processes" + (f" x {what}" if config.optim.accumulate > 1 else "")
+    _multiple("data.batch_size", config.data.batch_size, parts, what)
+    diffusion = config.objectives.diffusion
+    drawn = diffusion.share * config.data.batch_size / parts if diffusion else 0.0
+    if parts > 1 and abs(drawn - round(drawn)) > 1e-6:
+        raise ConfigError(
+            f"objectives.diffusion.share = {diffusion.share if diffusion else 0}: of data.batch_size = "
+            f"{config.data.batch_size} in {parts} parts ({what}) it is {drawn:g} samples each; make that whole"
         )
 
 

@@ -33,19 +33,34 @@ def train(argv: Sequence[str]) -> int:
     if not config.data.train:
         raise settings.ConfigError("data.train = '': names no shards; add --data.train FOLDER or a pattern")
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise settings.ConfigError(
-            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this version trains in one process; start it without torchrun"
-        )
+    from mm.distributed.device import pick_device
+    from mm.distributed.world import joined
     from mm.evaluation.callbacks import callbacks
     from mm.training.loop import Stopped, run
 
-    try:
-        run(config, callbacks)
-    except Stopped as stopped:
-        print(f"mm: {stopped}", file=sys.stderr)
-        return stopped.exit_code
+    device = pick_device(config.parallel)
+    with joined(device, config.parallel.timeout) as world:
+        try:
+            done = run(config, callbacks, world=world)
+        except Stopped as stopped:
+            if world.main:
+                print(f"mm: {stopped}", file=sys.stderr)
+                _tell(f"stopped {stopped.step} {stopped.signal}")
+            return stopped.exit_code
+        except Exception as error:
+            if world.main:
+                _tell(f"failed {error}")
+            raise
+        if world.main:
+            _tell(f"finished {done['step']}")
     return 0
+
+
+def _tell(outcome: str) -> None:
+    """One line for the script that launched this: finished STEP, stopped STEP SIGNAL or failed MESSAGE."""
+    if path := os.environ.get("MM_STATUS"):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(" ".join(outcome.split()) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

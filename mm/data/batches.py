@@ -89,15 +89,12 @@ class Batches(Dataset[Made]):
     def __getitem__(self, n: int) -> Made:
         start = n * self.batch_size + self.rank * self.rows
         shape = None
+        epochs, numbers = self._numbered(start)
         if self.order is not None:
-            epochs, numbers = (array.tolist() for array in self.order.span(start, start + self.rows))
             if self.reader.store is not None:
                 self.reader.ahead(self.order.span(start, start + max(_AHEAD, 2 * self.batch_size))[1])
             if self.shapes and isinstance(self.order, Buckets):
                 shape = self.shapes[self.order.code(n)]
-        else:
-            numbers = list(range(min(start, len(self.index)), min(start + self.rows, len(self.index))))
-            epochs = [0] * len(numbers)
         items: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in self.processors}
         keys: list[str] = []
         seeds: list[int] = []
@@ -116,6 +113,19 @@ class Batches(Dataset[Made]):
             for name, item in prepared.items():
                 items[name].append(item)
         return Made(self._collate(items, seeds, keys), ledger, bad)
+
+    def _numbered(self, start: int) -> tuple[list[int], list[int]]:
+        """Epochs and sample numbers of this rank's rows from position `start` on."""
+        if self.order is not None:
+            epochs, numbers = self.order.span(start, start + self.rows)
+            return epochs.tolist(), numbers.tolist()
+        left = list(range(min(start, len(self.index)), min(start + self.rows, len(self.index))))
+        return [0] * len(left), left
+
+    def shards_of(self, n: int) -> dict[str, str]:
+        """Shard by key, of this rank's samples of batch n as the order has them."""
+        _, numbers = self._numbered(n * self.batch_size + self.rank * self.rows)
+        return {self.index.key(number): self.index.shards[self.index.shard_of(number)] for number in numbers}
 
     def bytes_of_one(self) -> int:
         """Bytes of a batch, from a first sample that can be used; 0 where there is none."""

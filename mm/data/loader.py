@@ -116,6 +116,10 @@ class Loader:
             self._judge()
             yield made.batch
 
+    def shards_of(self, n: int) -> dict[str, str]:
+        """Shard by key, of this process' samples of batch n as the order has them: without substitutes."""
+        return self._batches.shards_of(n)
+
     def _made(self, numbers: range) -> Iterator[Made]:
         if self.workers:
             return in_workers(self._batches, numbers, self.workers, self._depth())

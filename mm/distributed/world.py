@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from mm.config import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,27 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def lead(self, function: Callable[[], T]) -> T:
+        """What `function` returns in process 0, which alone calls it; what it raises there is raised in all."""
+        found: list[Any] = [None, None]
+        if self.main:
+            try:
+                found[0] = function()
+            except (ValueError, OSError) as error:
+                if self.control is None:
+                    raise
+                found[1] = error
+        found = self.share(found)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+
+    def in_turn(self, function: Callable[[], T]) -> T:
+        """What `function` returns in each process: first in process 0, so that the others find what it leaves."""
+        made: list[T] = []
+        self.lead(lambda: made.append(function()))
+        return made[0] if made else function()
+
     def _reduced(self, numbers: torch.Tensor, how: Any) -> list[Any]:
         if self.control is not None:
             dist.all_reduce(numbers, op=how, group=self.control)
@@ -71,7 +94,7 @@ class World:
 
 @contextlib.contextmanager
 def joined(device: torch.device, timeout: float) -> Iterator[World]:
-    """The world that torchrun describes in the environment; its process groups end with the block.
+    """The world that torchrun describes in the environment; its process groups end with the block, unless it raises.
 
     Raises ConfigError where the environment is incomplete.
     """
@@ -87,13 +110,10 @@ def joined(device: torch.device, timeout: float) -> Iterator[World]:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=wait, device_id=device if device.type == "cuda" else None)
-    try:
-        rank, local = dist.get_rank(), _number("LOCAL_RANK", 0)
-        control, saving = (dist.new_group(backend="gloo", timeout=wait) for _ in range(2))
-        assert isinstance(control, dist.ProcessGroup) and isinstance(saving, dist.ProcessGroup)
-        yield World(rank, size, local, _number("LOCAL_WORLD_SIZE", 1), control, saving)
-    finally:
-        dist.destroy_process_group()
+    control, saving = (dist.new_group(backend="gloo", timeout=wait) for _ in range(2))
+    assert isinstance(control, dist.ProcessGroup) and isinstance(saving, dist.ProcessGroup)
+    yield World(dist.get_rank(), size, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1), control, saving)
+    dist.destroy_process_group()  # not after an error: the others may never come
 
 
 def _number(name: str, default: int) -> int:

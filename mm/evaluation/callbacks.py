@@ -33,6 +33,9 @@ class Context(Protocol):
     @property
     def run_dir(self) -> Path: ...
 
+    @property
+    def world(self) -> Any: ...
+
     def extras(self) -> dict[str, Tensor]: ...
 
 
@@ -72,15 +75,19 @@ class ZeroShot(_OnVal):
         super().__init__(config)
         self.every = config.run.eval_every
 
-    def __call__(self, context: Context) -> dict[str, float]:
-        inference = _inference(context)
+    def part(self, context: Context) -> tuple[Tensor, Tensor]:
+        """Embeddings of this process' share of the pictures, and of the labels: rows rank, rank + processes, ..."""
+        inference, rank, size = _inference(context), context.world.rank, context.world.size
         with torch.compiler.set_stance("force_eager"):  # other shapes than in training: compiling would take longer
             read = self.samples(inference)
-            places = evenly(list(range(len(read.captions))), MOST)
-            truth = [read.captions[place] for place in places]
-            labels = list(dict.fromkeys(truth))
-            images = inference.embed("image", (read.images[places],))
-            guesses = (images @ inference.encode("text", labels).T).argmax(1).tolist()
+            images = inference.embed("image", (read.images[_chosen(read)[rank::size]],))
+            return images, inference.encode("text", _labels(read)[rank::size])
+
+    def whole(self, context: Context, parts: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        read = self.samples(_inference(context))
+        images, texts = (_interleaved([part[side] for part in parts]) for side in (0, 1))
+        guesses, labels = (images @ texts.T).argmax(1).tolist(), _labels(read)
+        truth = [read.captions[place] for place in _chosen(read)]
         right = sum(labels[guess] == caption for guess, caption in zip(guesses, truth, strict=True))
         return {"val/top1": right / len(truth)}
 
@@ -92,16 +99,40 @@ class Pictures(_OnVal):
         super().__init__(config)
         self.every = config.run.sample_every
 
-    def __call__(self, context: Context) -> dict[str, float]:
-        inference = _inference(context)
+    def part(self, context: Context) -> Tensor:
+        """This process' share of the drawings."""
+        inference, rank, size = _inference(context), context.world.rank, context.world.size
         with torch.compiler.set_stance("force_eager"):
             read = self.samples(inference)
-            places = evenly(list(range(len(read.captions))), PROMPTS)
-            captions = [read.captions[place] for place in places]
-            drawn = inference.generate(captions, seeds=range(len(places)))
-        render = inference.processor("image").render
-        sheet = grid(
-            [render(drawn), render(read.images[places])], scale=max(1, 96 // drawn.shape[-1]), captions=[captions] * 2
-        )
-        write_whole(context.run_dir / "samples" / f"step-{context.step:08d}.png", png_bytes(sheet))
+            captions = [read.captions[place] for place in self._places(read)]
+            return inference.generate(captions[rank::size], seeds=range(len(captions))[rank::size])
+
+    def whole(self, context: Context, parts: list[Tensor]) -> dict[str, float]:
+        if context.world.main:
+            inference = _inference(context)
+            read, drawn = self.samples(inference), _interleaved(parts)
+            places = self._places(read)
+            captions, render = [read.captions[place] for place in places], inference.processor("image").render
+            rows = [render(drawn), render(read.images[places])]
+            sheet = grid(rows, scale=max(1, 96 // drawn.shape[-1]), captions=[captions] * 2)
+            write_whole(context.run_dir / "samples" / f"step-{context.step:08d}.png", png_bytes(sheet))
         return {}
+
+    def _places(self, read: SampleSet) -> list[int]:
+        return evenly(list(range(len(read.captions))), PROMPTS)
+
+
+def _chosen(read: SampleSet) -> list[int]:
+    return evenly(list(range(len(read.captions))), MOST)
+
+
+def _labels(read: SampleSet) -> list[str]:
+    return list(dict.fromkeys(read.captions[place] for place in _chosen(read)))
+
+
+def _interleaved(parts: list[Tensor]) -> Tensor:
+    """Rows of all processes in their order: row i is row i // processes of process i % processes."""
+    out = torch.empty(sum(len(part) for part in parts), *parts[0].shape[1:], dtype=parts[0].dtype)
+    for rank, part in enumerate(parts):
+        out[rank :: len(parts)] = part
+    return out

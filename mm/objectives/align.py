@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.nn.sharded import own_part
 from mm.objectives.base import Objective
-from mm.objectives.diffusion import DENOISER
+from mm.objectives.diffusion import DENOISER, drawn, pick
 from mm.types import Batch, Encoded, Loss
 
 if TYPE_CHECKING:
-    from mm.config import AlignConfig
+    from mm.config import AlignConfig, DiffusionConfig
     from mm.models.model import Model
 
 
@@ -26,10 +27,10 @@ class Align(Objective):
 
     steps: Tensor
 
-    def __init__(self, config: AlignConfig, model: Model, copies: int):
+    def __init__(self, config: AlignConfig, model: Model, diffusion: DiffusionConfig):
         super().__init__()
         assert model.denoiser is not None
-        self.weight, self.config, self.copies = config.weight, config, copies
+        self.weight, self.config, self.share = config.weight, config, diffusion.share
         self.project = nn.Conv2d(model.denoiser.width, model.config.image.width, 3, padding=1)
         self.teacher = nn.ModuleList([copy.deepcopy(model.adapters["image"]), copy.deepcopy(model.encoders["image"])])
         self.teacher.requires_grad_(False)
@@ -39,7 +40,7 @@ class Align(Objective):
         assert model.denoiser is not None
         x = encoded[DENOISER].tokens.x  # [B K, N, D]
         shown = batch.inputs.get("target", batch.inputs["image"])
-        seen = {"image": shown[: len(x) // self.copies]}
+        seen = {"image": pick(shown, drawn(len(shown), self.share))}
         with torch.no_grad():
             adapter, encoder = self.teacher
             tokens = encoder(adapter.embed(Batch(seen))).tokens  # type: ignore[operator]
@@ -62,7 +63,8 @@ class Align(Objective):
     def after_step(self, model: Model) -> None:
         self.steps += 1
         student: list[Tensor] = [*model.adapters["image"].parameters(), *model.encoders["image"].parameters()]
-        torch._foreach_lerp_(list(self.teacher.parameters()), student, 1 - self.config.decay)
+        mine = [own_part(p) for p in self.teacher.parameters()]
+        torch._foreach_lerp_(mine, [own_part(p) for p in student], 1 - self.config.decay)
 
 
 def _as_grid(tokens: Tensor) -> Tensor:

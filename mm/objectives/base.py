@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from mm.models.model import Model
     from mm.types import Batch, Encoded, Loss
 
@@ -16,6 +18,7 @@ class Objective(nn.Module):
 
     weight: float
     pairwise: bool = False  # over pairs of samples: a micro-batch alone would not do
+    group: ProcessGroup | None = None  # the processes whose rows make up the batch; set by mm.distributed
 
     def forward(self, model: Model, batch: Batch, encoded: dict[str, Encoded]) -> Loss:
         raise NotImplementedError

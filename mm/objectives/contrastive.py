@@ -32,7 +32,7 @@ class Contrastive(Objective):
     def forward(self, model: Model, batch: Batch, encoded: dict[str, Encoded]) -> Loss:
         image, text = encoded["image"].pooled, encoded["text"].pooled
         scale = self.logit_scale.exp()
-        value = contrastive_loss(image, text, scale, self.logit_bias, self.kind)
+        value = contrastive_loss(image, text, scale, self.logit_bias, self.kind, self.group)
         return Loss(value, {"loss/contrastive": value.detach(), "logit_scale": scale.detach()[0]})
 
     @torch.no_grad()

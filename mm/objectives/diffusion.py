@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from mm.diffusion.noise import normal, uniform
 from mm.diffusion.schedule import Schedule
@@ -32,14 +36,14 @@ class Diffusion(Objective):
     def forward(self, model: Model, batch: Batch, encoded: dict[str, Encoded]) -> Loss:
         assert model.denoiser is not None
         config = self.config
-        count = max(1, round(config.share * len(batch.seeds)))  # the order is random: the first are as good as any
-        seeds = batch.seeds[:count]
-        x = model.latents.encode(batch.inputs.get("target", batch.inputs["image"])[:count])
+        places = drawn(len(batch.seeds), config.share)
+        seeds = pick(batch.seeds, places)
+        x = model.latents.encode(pick(batch.inputs.get("target", batch.inputs["image"]), places))
         noise = normal(seeds, (config.copies, *x.shape[1:]), NOISE).flatten(0, 1)  # [B K, C, H, W]
         sigma = self.schedule.training_sigma(normal(seeds, (config.copies,), LEVEL).flatten())
         draws = uniform(seeds, 2, KEEP)
         keep = {"text": (draws[:, 0] >= config.drop_text).float(), "image": (draws[:, 1] >= config.drop_image).float()}
-        condition, pooled = model.condition(self._switched(encoded, count), keep)
+        condition, pooled = model.condition(self._switched(encoded, places), keep)
         x = x.repeat_interleave(config.copies, 0)
         z = self.schedule.add_noise(x, noise, sigma)
         raw = model.denoiser(z, sigma, condition, pooled, self.tap)
@@ -51,13 +55,31 @@ class Diffusion(Objective):
         value = error.square().mean()
         return Loss(value, {"loss/diffusion": value.detach()})
 
-    def _switched(self, encoded: dict[str, Encoded], count: int) -> dict[str, Encoded]:
-        """The first `count` encodings, with this objective's gradient into each encoder scaled."""
+    def _switched(self, encoded: dict[str, Encoded], places: Tensor | None) -> dict[str, Encoded]:
+        """The encodings that are drawn from, with this objective's gradient into each encoder scaled."""
         found = {}
         for name, scale in (("text", self.config.text_grad), ("image", self.config.image_grad)):
             if name in encoded:
                 tokens, pooled = encoded[name]
-                mask = None if tokens.mask is None else tokens.mask[:count]
-                tokens = tokens._replace(x=scale_gradient(tokens.x[:count], scale), mask=mask)
-                found[name] = Encoded(tokens, scale_gradient(pooled[:count], scale))
+                mask = None if tokens.mask is None else pick(tokens.mask, places)
+                tokens = tokens._replace(x=scale_gradient(pick(tokens.x, places), scale), mask=mask)
+                found[name] = Encoded(tokens, scale_gradient(pick(pooled, places), scale))
         return found
+
+
+def pick(rows: Tensor, places: Tensor | None) -> Tensor:
+    """The rows at some places; all of them for None."""
+    return rows if places is None else rows.index_select(0, places.to(rows.device))
+
+
+@lru_cache(maxsize=8)
+def drawn(count: int, share: float) -> Tensor | None:
+    """Places of the samples that are drawn from: `share` of `count`, evenly spread, one at least; None for all.
+
+    A slice of a batch has the places of the whole batch that lie in it, wherever `share` of what is before it is whole.
+    """
+    if share == 1:
+        return None
+    steps = torch.floor(torch.arange(count + 1, dtype=torch.float64) * share + 1e-9)
+    places = steps.diff().nonzero()[:, 0]
+    return places if len(places) else torch.zeros(1, dtype=torch.int64)

@@ -14,7 +14,7 @@ from mm.objectives.align import Align
 from mm.objectives.base import Objective
 from mm.objectives.contrastive import Contrastive
 from mm.objectives.diffusion import Diffusion
-from mm.types import Batch, Encoded, Loss
+from mm.types import Batch, Encoded, Loss, Tokens
 
 if TYPE_CHECKING:
     from mm.adapters.text import Tokenizer
@@ -29,9 +29,23 @@ class TrainStep(nn.Module):
         self.model = model
         self.objectives = nn.ModuleDict(objectives)
 
-    def forward(self, batch: Batch) -> Loss:
-        """The weighted sum over the batch, with each objective's own value in the metrics."""
-        return self.combine(batch, self.model.encode(batch), list(self.objectives))
+    def forward(self, batch: Batch, fed: dict[str, Tensor] | None = None, accumulate: int = 1) -> Loss:
+        """The weighted sum over the batch, with each objective's own value in the metrics.
+
+        With `fed`, of a micro-batch: the pairwise objectives are in it only as their gradients, which `pairs` found,
+        and the others as the share of `accumulate` micro-batches.
+        """
+        encoded = self.model.encode(batch)
+        if fed is None:
+            return self.combine(batch, encoded, list(self.objectives))
+        leaves = {name: item.pooled for name, item in encoded.items()} | self._owned()
+        parts = [(leaves[name] * gradient).sum() for name, gradient in fed.items()]
+        metrics: dict[str, Tensor] = {}
+        if others := [name for name in self.objectives if name not in self.pairwise]:
+            loss = self.combine(batch, encoded, others)
+            parts.append(loss.value / accumulate)
+            metrics = {name: value / accumulate for name, value in loss.metrics.items()}
+        return Loss(torch.stack(parts).sum(), metrics)
 
     def combine(self, batch: Batch, encoded: dict[str, Encoded], names: list[str]) -> Loss:
         """The weighted sum of the named objectives."""
@@ -45,54 +59,75 @@ class TrainStep(nn.Module):
         assert total is not None, "a run has at least one objective"
         return Loss(total, metrics | {"loss": total.detach()})
 
+    @property
+    def pairwise(self) -> list[str]:
+        """The objectives over pairs of samples, for which a micro-batch alone would not do."""
+        return [name for name, objective in self.objectives.items() if cast("Objective", objective).pairwise]
+
+    def _owned(self) -> dict[str, Tensor]:
+        """The pairwise objectives' own parameters, by name."""
+        found = {name: self.objectives[name].named_parameters() for name in self.pairwise}
+        return {f"objectives.{name}.{key}": p for name, named in found.items() for key, p in named}
+
+    @torch.no_grad()
+    def features(self, batch: Batch) -> dict[str, Tensor]:
+        """Every modality's pooled vectors `[B, E]`, without a graph."""
+        return {name: encoded.pooled for name, encoded in self.model.encode(batch).items()}
+
+    def pairs(self, batch: Batch, features: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Metrics of the pairwise objectives over the features, and their gradients: of those, and of own parameters.
+
+        No parameter's `.grad` is touched: `forward` is fed with what is found here.
+        """
+        leaves = {name: feature.detach().requires_grad_() for name, feature in features.items()}
+        loss = self.combine(batch, {n: Encoded(Tokens(f), f) for n, f in leaves.items()}, self.pairwise)
+        wanted = leaves | self._owned()
+        found = torch.autograd.grad(loss.value, list(wanted.values()), allow_unused=True)
+        return loss.metrics, {n: g.detach() for n, g in zip(wanted, found, strict=True) if g is not None}
+
     def backward(
-        self, batch: Batch, accumulate: int = 1, autocast: Callable[[], AbstractContextManager] = nullcontext
+        self,
+        batch: Batch,
+        accumulate: int = 1,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        call: Callable[..., Loss] | None = None,
+        sync: Callable[[bool], AbstractContextManager] = nullcontext,
     ) -> dict[str, Tensor]:
         """Gradients of `forward(batch)`, in `accumulate` micro-batches; returns the metrics of the whole batch.
 
         `autocast()` is entered for each forward, and never for a backward, which has its precision from the forward.
+        `call` stands in for `forward` where a parallel wrapper must see it, and `sync(last)` surrounds each
+        micro-batch, `last` for the one after which processes exchange gradients.
         Exact also for objectives over pairs: their features are computed first without a graph, their gradient is
         taken over the whole batch, and is then fed to each micro-batch (GradCache, arXiv 2101.06983).
         """
+        call = call or self
         if accumulate == 1:
             with autocast():
-                loss = self(batch)
+                loss = call(batch)
             loss.value.backward()
             return loss.metrics
-        pairwise = [name for name, objective in self.objectives.items() if objective.pairwise]
-        others = [name for name in self.objectives if name not in pairwise]
         micro_batches = batch.split(len(batch) // accumulate)
         metrics: dict[str, Tensor] = {}
         slices: list[dict[str, Tensor]] = [{} for _ in micro_batches]
-        if pairwise:
-            with torch.no_grad(), autocast():
-                features = [self.model.encode(micro_batch) for micro_batch in micro_batches]
-            pairs = self._pairwise_gradients(batch, features, pairwise, slices)
-            metrics.update(pairs.metrics)
-        for micro_batch, gradients in zip(micro_batches, slices, strict=True):
+        if self.pairwise:
             with autocast():
-                encoded = self.model.encode(micro_batch)
-                parts = [(encoded[name].pooled * gradient).sum() for name, gradient in gradients.items()]
-                if others:
-                    loss = self.combine(micro_batch, encoded, others)
-                    parts.append(loss.value / accumulate)
-                    for key, value in loss.metrics.items():
-                        metrics[key] = metrics.get(key, torch.zeros_like(value)) + value / accumulate
-            torch.stack(parts).sum().backward()
+                parts = [self.features(micro_batch) for micro_batch in micro_batches]
+                features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                metrics, gradients = self.pairs(batch, features)
+            for name, gradient in gradients.items():
+                whole = name not in features  # of a parameter: fed once, in equal parts
+                cut = [gradient / accumulate] * accumulate if whole else gradient.split(len(batch) // accumulate)
+                for index, part in enumerate(cut):
+                    slices[index][name] = part
+        for index, (micro_batch, fed) in enumerate(zip(micro_batches, slices, strict=True)):
+            with sync(index == accumulate - 1):
+                with autocast():
+                    loss = call(micro_batch, fed, accumulate)
+                loss.value.backward()
+            for key, value in loss.metrics.items():
+                metrics[key] = metrics.get(key, torch.zeros_like(value)) + value
         return metrics
-
-    def _pairwise_gradients(
-        self, batch: Batch, parts: list[dict[str, Encoded]], names: list[str], slices: list[dict[str, Tensor]]
-    ) -> Loss:
-        """Run the pairwise objectives on cached features; leave each micro-batch's feature gradients in `slices`."""
-        features = {name: torch.cat([part[name].pooled for part in parts]).requires_grad_() for name in parts[0]}
-        loss = self.combine(batch, {n: Encoded(parts[0][n].tokens, f) for n, f in features.items()}, names)
-        loss.value.backward()
-        for name, feature in features.items():
-            assert feature.grad is not None
-            for index, gradient in enumerate(feature.grad.split([len(part[name].pooled) for part in parts])):
-                slices[index][name] = gradient
-        return loss
 
     def diagnose(self, batch: Batch) -> dict[str, float]:
         """Each objective's gradient norm on each encoder's tokens, and the cosine between those of every two.
@@ -138,5 +173,5 @@ def build_step(config: TrainConfig, tokenizer: Tokenizer) -> TrainStep:
     if wanted.diffusion is not None:
         objectives["diffusion"] = Diffusion(wanted.diffusion, wanted.align.block if wanted.align else None)
     if wanted.align is not None and wanted.diffusion is not None:  # after diffusion, whose tokens it reads
-        objectives["align"] = Align(wanted.align, model, wanted.diffusion.copies)
+        objectives["align"] = Align(wanted.align, model, wanted.diffusion)
     return TrainStep(model, objectives)

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mm.distributed.device import autocast
 from mm.training.progress import say
 
 if TYPE_CHECKING:
-    from mm.training.loop import Trainer
+    from mm.config import TrainConfig
+    from mm.data.loader import Loader
+    from mm.objectives.step import TrainStep
+    from mm.training.trainer import Trainer
     from mm.types import Batch
 
 CALIBRATION_STEPS = 5
@@ -21,17 +25,32 @@ DIAGNOSED = 64  # samples whose gradients are compared
 RESERVE = 0.02  # share of a time budget kept for checkpoints and the last evaluation
 
 
-def count_flops(trainer: Trainer) -> int:
-    """FLOPs of one step's forward and backward, counted by torch over a real batch; leaves no gradient behind.
+def count_flops(step: TrainStep, loader: Loader, config: TrainConfig, device: torch.device) -> tuple[int, bool]:
+    """FLOPs of one step's forward and backward in this process, counted by torch over a real batch.
 
-    With accumulation it is one micro-batch times their number: the second forward is not work that a step needs.
+    Also whether some parameter got no gradient. With accumulation it is one micro-batch times their number: the second
+    forward is not work that a step needs. Leaves no gradient behind.
     """
-    accumulate = trainer.config.optim.accumulate
-    batch = next(iter(trainer.loader)).to(trainer.device)
+    accumulate = config.optim.accumulate
+    batch = next(iter(loader)).to(device)
     with FlopCounterMode(display=False) as counter:
-        trainer.step_module.backward(batch.split(len(batch) // accumulate)[0], 1, trainer.autocast)
+        step.backward(batch.split(len(batch) // accumulate)[0], 1, lambda: autocast(config.parallel, device))
+    unused = any(p.grad is None for p in step.parameters() if p.requires_grad)
+    step.zero_grad()
+    return counter.get_total_flops() * accumulate, unused
+
+
+def warm_up(trainer: Trainer) -> None:
+    """One step's gradients, dropped: DDP lays out its buckets after the first, and sums in another order since.
+
+    Without it the first step after a resume would not be bit for bit the one that it repeats.
+    """
+    batch = next(iter(trainer.loader)).to(trainer.device)
+    parallel = trainer.parallel
+    trainer.step_module.backward(
+        batch, trainer.config.optim.accumulate, trainer.autocast, parallel.forward, parallel.sync
+    )
     trainer.step_module.zero_grad()
-    return counter.get_total_flops() * accumulate
 
 
 def steps_within(trainer: Trainer, budget: float, started: float) -> int:

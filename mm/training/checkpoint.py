@@ -1,106 +1,216 @@
 """Checkpoints that are whole or absent: written beside, hashed, synced, renamed; verified before they are used.
 
-`checkpoints/step-00000100/` holds `state.safetensors`, `state.json` and `manifest.json` (sha256 of both); `latest`
-in the run folder names the newest. No pickle.
+All processes write together (torch.distributed.checkpoint, on a file system that they share) while training goes on,
+and decide together: a save has worked for all of them or for none. What one number of processes wrote, any other reads.
+
+A checkpoint's `.metadata` is a pickle, which could run code: only a run's own checkpoints are read, and only after
+every file agreed with the manifest. What is given to others is the export, in safetensors.
+
+Faults on purpose (see `mm.training.faults`), in the order of a save:
+  save.begin    nothing has happened                     save.manifest  rank 0: complete under its temporary name
+  save.staged   the host copy is made                    save.renamed   rank 0: a checkpoint; `latest` names the last
+  save.written  tensors are on disk                      save.latest    rank 0: `latest` names it
+  save.hashed   this process' hashes are known           save.pruned    rank 0: old ones are gone
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import sys
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mm.config import ConfigError
+from mm.config import CheckpointConfig, ConfigError
+from mm.distributed.world import World
+from mm.training import manifest
+from mm.training.faults import fault
+from mm.training.manifest import SCALARS, Entry, preflight
+from mm.training.progress import say
+from mm.training.staging import Staging, disk_bytes, shared_out
+from mm.training.writing import Failed, Job, cause, nothing, together, write
 
-MANIFEST, TENSORS, SCALARS = "manifest.json", "state.safetensors", "state.json"
+__all__ = ["Checkpoints", "Found", "SaveFailed", "disk_bytes", "preflight"]
 
-
-def save(run: Path, step: int, tensors: dict[str, Tensor], scalars: dict[str, Any], keep: int) -> Path:
-    """Commit one checkpoint, then move `latest`, then drop all but the newest `keep`."""
-    from safetensors.torch import save_file
-
-    root = run / "checkpoints"
-    final, fresh = root / f"step-{step:08d}", root / f"step-{step:08d}.tmp"
-    for leftover in root.glob("*.tmp"):
-        shutil.rmtree(leftover)
-    if final.exists():  # left by a run that walked back beyond it, or damaged
-        shutil.rmtree(final)
-    fresh.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, fresh / TENSORS)
-    (fresh / SCALARS).write_text(json.dumps({"step": step, **scalars}), encoding="utf-8")
-    hashes = {name: _sha256(fresh / name) for name in (TENSORS, SCALARS)}
-    (fresh / MANIFEST).write_text(json.dumps(hashes), encoding="utf-8")
-    for name in (TENSORS, SCALARS, MANIFEST):
-        _sync(fresh / name)
-    _sync(fresh)
-    fresh.rename(final)
-    _sync(root)
-    _point(run, final.name)
-    for path in _complete(run):
-        if path.name > final.name:  # damaged, and left behind by a run that walked back
-            shutil.rmtree(path)
-    for old in _complete(run)[max(1, keep) :]:
-        shutil.rmtree(old)
-    return final
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
-def load(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest checkpoint whose hashes agree, or None where there is none; says so when it passes one over.
+class SaveFailed(RuntimeError):
+    """A checkpoint was not written; says why, and which one is still there."""
 
-    Raises ConfigError where there are checkpoints and every one is damaged.
-    """
-    from safetensors.torch import load_file
 
-    found = _complete(run)
-    for folder in found:
-        problem = verify(folder)
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint."""
+
+    path: Path
+    step: int
+    scalars: dict[str, Any]
+    names: dict[str, tuple[tuple[int, ...], torch.dtype]]  # the whole shape and type of every tensor in it
+
+
+class Checkpoints:
+    """The checkpoints of a run. Every method is called by all processes, in the same order."""
+
+    def __init__(self, run: Path, config: CheckpointConfig, world: World) -> None:
+        self.run, self.config, self.world = run, config, world
+        self.saving = replace(world, control=world.saving)  # what the thread agrees over
+        self._staging = Staging(world.rank, world.size)
+        self._thread: threading.Thread | None = None
+        self._failed: SaveFailed | None = None  # of the last save
+        self._untold: list[str] = []  # failures for poll
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        scalars: dict[str, Any],
+        export: Callable[[], None] | None = None,
+        *,
+        wait: bool = False,
+    ) -> None:
+        """Commit a checkpoint; in the background, if the config says so, from a copy made before this returns.
+
+        A plain tensor must be the same on all processes, a DTensor is written in its shards; `scalars` is JSON, and
+        `export()` is called by rank 0 just before the commit, in the thread that writes. A save that is still running
+        is waited for first. Raises SaveFailed if it does not run in the background; otherwise `poll` and `finish`
+        tell.
+        """
+        self._join()
+        self._failed = None
+        job = self._stage(step, tensors, scalars, export)
+        if wait or not self.config.background:
+            self._write(job)
+            self.finish()
+            return
+        # a daemon: a process that fails elsewhere must not wait for others at its exit
+        self._thread = threading.Thread(target=self._write, args=(job,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def poll(self) -> str:
+        """One line if a save failed since this was asked last, else ""; never waits.
+
+        A failure is known to all processes, but not at the same moment: agree before acting on it.
+        """
+        return self._untold.pop(0) if self._untold else ""
+
+    def finish(self) -> None:
+        """Wait for the running save. Raises SaveFailed, once, if the last save failed."""
+        self._join()
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            self._untold.clear()
+            raise failed
+
+    def newest(self) -> Found | None:
+        """The newest whole checkpoint, or None where there is none; rank 0 says so when a damaged one is passed over.
+
+        The files are hashed by all processes, each some of them. Raises ConfigError where every one is damaged.
+        """
+        folders: list[Path] = self.world.share(manifest.committed(self.run) if self.world.main else None)
+        for folder in folders:
+            if problem := self._damage(folder):
+                if self.world.main:
+                    say(f"{folder.name} is damaged ({problem}): passed over")
+                continue
+            return self._open(folder)
+        if folders:
+            raise ConfigError(
+                f"{self.run}: all {len(folders)} checkpoints are damaged; restore one, or choose another run.dir"
+            )
+        return None
+
+    def read(self, found: Found, tensors: dict[str, Tensor]) -> None:
+        """Fill tensors, in place, from a checkpoint: plain ones and DTensors, whatever they were when it was saved.
+
+        Raises ConfigError for a name that the checkpoint lacks or has in another shape or type.
+        """
+        for name, tensor in tensors.items():
+            if name not in found.names:
+                raise ConfigError(f"{found.path}: has no {name}; it is of another model or optimizer")
+            shape, dtype = found.names[name]
+            if (shape, dtype) != (tuple(tensor.shape), tensor.dtype):
+                raise ConfigError(
+                    f"{found.path}: {name} is {_describe(shape, dtype)}, and {_describe(tensor.shape, tensor.dtype)} "
+                    "is wanted; it is of another model or optimizer"
+                )
+        group = self.world.control
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            reader = dcp.FileSystemReader(found.path)
+            dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+        except CheckpointException as error:
+            raise OSError(f"{found.path} could not be read: {cause(error)}") from error
+
+    def _damage(self, folder: Path) -> str:
+        """What is wrong with a checkpoint or "", as all processes together see it."""
+        content, problem = self.world.share(manifest.inspect(folder) if self.world.main else None)
         if problem:
-            print(f"mm: {folder.name} is damaged ({problem}): passed over", file=sys.stderr)
-            continue
-        return load_file(folder / TENSORS), json.loads((folder / SCALARS).read_text(encoding="utf-8"))
-    if found:
-        raise ConfigError(f"{run}: all {len(found)} checkpoints are damaged; restore one, or choose another run.dir")
-    return None
+            return problem
+        files: dict[str, Entry] = content.files
+        mine = shared_out({name: entry.size for name, entry in files.items()}, self.world.rank, self.world.size)
+        found = self.world.gather([manifest.damage(folder, name, files[name]) for name in mine])
+        return next((problem for problems in found for problem in problems if problem), "")
+
+    def _open(self, folder: Path) -> Found:
+        """What a verified checkpoint holds."""
+
+        def look() -> Found:
+            scalars = json.loads((folder / SCALARS).read_text(encoding="utf-8"))
+            held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+            names = {
+                name: (tuple(entry.size), entry.properties.dtype)
+                for name, entry in held.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+            return Found(folder, scalars.pop("step"), scalars, names)
+
+        try:
+            found = together(self.world, look if self.world.main else nothing)[0]
+        except Failed as error:
+            raise ConfigError(f"{folder}: is whole, but cannot be read ({error}); was another torch in use?") from error
+        assert found is not None
+        return found
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _stage(
+        self, step: int, tensors: Mapping[str, Tensor], scalars: dict[str, Any], export: Callable[[], None] | None
+    ) -> Job:
+        """A failure here is kept until all processes can be told."""
+        names, size = frozenset(tensors), disk_bytes(tensors)
+        try:
+            fault("save.begin", step)
+            text = json.dumps({**scalars, "step": step})
+            staged = self._staging.copy(tensors)
+            fault("save.staged", step)
+        except Exception as error:
+            return Job(step, {}, names, size, "", None, error)
+        return Job(step, staged, names, size, text, export)
+
+    def _write(self, job: Job) -> None:
+        """The whole save after its staging. Keeps its failure for whoever asks."""
+        try:
+            write(self.run, self.config, self.saving, job)
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
+            good = next(iter(manifest.committed(self.run)), None)
+            still = f"{good.name} is still whole" if good else "there is no earlier one"
+            line = f"{self.run}: no checkpoint of step {job.step} was made ({cause(error)}); {still}"
+            self._failed = SaveFailed(line)
+            self._untold.append(line)
 
 
-def verify(folder: Path) -> str:
-    """What is wrong with a checkpoint, or an empty string."""
-    try:
-        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        wrong = [name for name in (TENSORS, SCALARS) if _sha256(folder / name) != hashes.get(name)]
-    except (OSError, ValueError, AttributeError) as error:
-        return f"{MANIFEST}: {error}"
-    return f"{wrong[0]} does not match its hash" if wrong else ""
-
-
-def _complete(run: Path) -> list[Path]:
-    """Committed checkpoints, newest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.is_dir() and path.suffix != ".tmp"]
-    return sorted(found, reverse=True)
-
-
-def _point(run: Path, name: str) -> None:
-    fresh = run / ".latest.tmp"
-    fresh.write_text(name + "\n", encoding="utf-8")
-    _sync(fresh)
-    fresh.replace(run / "latest")
-    _sync(run)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _describe(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> str:
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"

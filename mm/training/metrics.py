@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from mm.config import ConfigError
+from mm.config import ConfigError, TrainConfig
 
 
 class MetricsLog:
     """Appends one JSON object a line. Lines after the step that a run resumes from are removed first."""
 
-    def __init__(self, run: Path, step: int, tensorboard: bool):
+    def __init__(self, run: Path, step: int, tensorboard: bool, config: TrainConfig | None = None):
         self.path = run / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
@@ -78,6 +78,18 @@ def _step(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """Gigabytes that tensors have taken at most since the last call, and that are reserved; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    found = {
+        "gpu_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+        "gpu_reserved_gb": torch.cuda.memory_reserved(device) / 1e9,
+    }
+    torch.cuda.reset_peak_memory_stats(device)
+    return found
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, rounds: int = 7) -> float:

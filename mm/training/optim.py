@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mm.nn.sharded import own_part, whole
+
 if TYPE_CHECKING:
     from mm.config import OptimConfig
 
@@ -53,12 +55,17 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
             optimizer.step()
-            optimizer.zero_grad()
+        self.drop()
         return self.config.lr * factor
+
+    def drop(self) -> None:
+        """Drop the gradients."""
+        for optimizer in self.all:
+            optimizer.zero_grad()
 
     def clip(self) -> Tensor:
         """The gradient norm over all parameters, before it is clipped to `optim.clip`."""
-        return nn.utils.clip_grad_norm_(self.named.values(), self.config.clip)
+        return whole(nn.utils.clip_grad_norm_(self.named.values(), self.config.clip))
 
     def reset(self) -> None:
         """Forget all state, as if no step had been made."""
@@ -74,15 +81,16 @@ class Optimizers:
             if isinstance(value, Tensor)
         }
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take over the state that `state()` returned."""
-        by_name: dict[str, dict[str, Tensor]] = {}
-        for path, value in state.items():
+    def allocate(self, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        """Make the state of these shapes and types, by `name/key`, for a checkpoint to be read into; all else goes."""
+        self.reset()
+        owners = {name: (optimizer, p) for optimizer, name, p in self._owners()}
+        for path, (shape, dtype) in shapes.items():
             name, _, key = path.rpartition("/")
-            by_name.setdefault(name, {})[key] = value
-        for optimizer, name, p in self._owners():
-            if name in by_name:
-                optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in by_name[name].items()}
+            optimizer, p = owners[name]
+            like = tuple(shape) == tuple(p.shape)  # the parameter, sharded as it is; else a count
+            made = torch.zeros_like(p, dtype=dtype) if like else own_part(p).new_zeros(shape, dtype=dtype)
+            optimizer.state[p][key] = made
 
     def _owners(self) -> Iterator[tuple[torch.optim.Optimizer, str, nn.Parameter]]:
         names = {p: name for name, p in self.named.items()}

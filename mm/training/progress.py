@@ -19,9 +19,11 @@ def say(line: str) -> None:
 class Progress:
     """Loss, images/s, MFU and the time left."""
 
-    def __init__(self, step: int, steps: int):
-        self.steps, self.first = steps, step
-        self.bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    def __init__(self, step: int, steps: int, shown: bool = True):
+        self.steps, self.first, self.shown = steps, step, shown
+        self.bar = tqdm(
+            total=steps, initial=step, unit="step", disable=not (shown and sys.stderr.isatty()), dynamic_ncols=True
+        )
         self.started = self.spoken = time.perf_counter()
 
     def __enter__(self) -> Progress:
@@ -32,6 +34,8 @@ class Progress:
 
     def update(self, record: dict[str, Any]) -> None:
         """Show one step's record."""
+        if not self.shown:
+            return
         losses = {name.removeprefix("loss/"): record[name] for name in record if name.startswith("loss")}
         self.bar.set_postfix_str(
             " ".join(f"{name} {value:.3f}" for name, value in losses.items())
@@ -40,7 +44,7 @@ class Progress:
         )
         self.bar.update(1)
         now, last = time.perf_counter(), record["step"] == self.steps
-        if self.bar.disable and (now - self.spoken > SECONDS_BETWEEN_LINES or last):
+        if self.bar.disable and record["step"] > self.first and (now - self.spoken > SECONDS_BETWEEN_LINES or last):
             self.spoken = now
             left = (self.steps - record["step"]) * (now - self.started) / (record["step"] - self.first)
             text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())

@@ -10,17 +10,24 @@ from pathlib import Path
 from mm import settings
 from mm.adapters.text import ClipTokenizer, Tokenizer, tokenizer_from_json, train_tokenizer
 from mm.config import ConfigError, TrainConfig
+from mm.distributed.world import World
 
 
 @contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold a run folder for this process alone. Raises ConfigError where another process trains in it."""
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"run.dir = {run}: another process is training there; choose another folder") from error
+def locked(run: Path, world: World) -> Iterator[None]:
+    """Hold a run folder for these processes alone. Raises ConfigError where others train in it."""
+    with contextlib.ExitStack() as held:
+
+        def hold() -> None:
+            run.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(open(run / ".lock", "w", encoding="utf-8"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                problem = f"run.dir = {run}: another process is training there; choose another folder"
+                raise ConfigError(problem) from None
+
+        world.lead(hold)
         yield
 
 
