@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.config import ConfigError
+from mm.distributed.parallelize import blocks
 from mm.plan.hardware import GPUS_PER_MACHINE
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class Group:
         self.named = named
         self.trained = {name: p for name, p in named.items() if p.requires_grad}
         self.elements = sum(p.numel() for p in named.values())
-        self.whole: Tensor | None = None  # while it is gathered
+        self.flat: Tensor | None = None  # while it is gathered
+        self.whole: Tensor | None = None  # once it is
         self.arrived = 0  # gradients
 
 
@@ -87,17 +89,17 @@ class FullyShard:
     def __init__(self, module: nn.Module, shards: Shards, tracker: Tracker, reshard: bool, micro_batches: int) -> None:
         self.shards, self.tracker, self.reshard, self.micro_batches = shards, tracker, reshard, micro_batches
         self.traffic: Counter[str] = Counter()  # bytes of whole tensors: all_gather, reduce_scatter
-        self.flat: Tensor | None = None  # buffer of the last all-gather
+        self.last: Tensor | None = None  # buffer of the last all-gather of a forward
         self.sent: Tensor | None = None  # buffer of the last reduce-scatter
         names = {p: name for name, p in module.named_parameters()}
         self.order: list[Group] = []
-        for owner in module.modules():
-            for block in getattr(owner, "blocks", []):
-                group = Group({names[p]: p for p in block.parameters()})
-                self._attach(block, group)
-                self.order.append(group)
+        for block in blocks(module):
+            group = Group({names[p]: p for p in block.parameters()})
+            self._attach(block, group)
+            self.order.append(group)
         inside = {p for group in self.order for p in group.named.values()}
         self.root = Group({name: p for p, name in names.items() if p not in inside})
+        module.register_forward_hook(lambda *_: setattr(self.root, "whole", None))
         for p in self.root.trained.values():
             p.register_post_accumulate_grad_hook(lambda p: tracker.count([p.grad], "gradients"))
 
@@ -107,15 +109,28 @@ class FullyShard:
         for p in group.trained.values():
             p.register_post_accumulate_grad_hook(lambda p: self._gradient(group, p))
 
-    def _gather(self, group: Group) -> None:
-        if group.whole is not None or not group.elements:
+    def _fetch(self, group: Group) -> None:
+        """Start the all-gather: its buffer, in which the parameters do not lie as they are used."""
+        if group.whole is not None or group.flat is not None or not group.elements:
             return
-        kind, self.tracker.kind = self.tracker.kind, "communication"
         dtype = next(iter(group.named.values())).dtype
-        self.flat = torch.empty(group.elements, dtype=dtype)
-        group.whole = torch.empty(group.elements, dtype=dtype)
-        self.tracker.kind = kind
+        group.flat = self._buffer(group.elements, dtype)
         self.traffic["all_gather"] += group.elements * dtype.itemsize
+
+    def _gather(self, group: Group) -> None:
+        """Wait for it, and copy the parameters out. In a forward the buffer stays until the next one is there."""
+        self._fetch(group)
+        if group.flat is not None:
+            self.last = None
+            group.whole = self._buffer(group.elements, group.flat.dtype)
+            self.last = group.flat if self.tracker.phase != "backward" else None
+            group.flat = None
+
+    def _buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
+        kind, self.tracker.kind = self.tracker.kind, "communication"
+        made = torch.empty(elements, dtype=dtype)
+        self.tracker.kind = kind
+        return made
 
     def _before_forward(self, group: Group) -> None:
         self._gather(self.root)
@@ -132,10 +147,11 @@ class FullyShard:
                 tensor.register_hook(lambda _: self._before_backward(group))
 
     def _before_backward(self, group: Group) -> None:
+        self._gather(self.root)
         self._gather(group)
         place = self.order.index(group)
         if place and not group.arrived % max(1, len(group.trained)):  # fetched while this one is computed
-            self._gather(self.order[place - 1])
+            self._fetch(self.order[place - 1])
 
     def _gradient(self, group: Group, parameter: Tensor) -> None:
         self.tracker.count([parameter.grad], "gradients")
@@ -146,10 +162,9 @@ class FullyShard:
             self._reduce(group)
 
     def _reduce(self, group: Group) -> None:
-        kind, self.tracker.kind = self.tracker.kind, "communication"
-        self.sent = torch.empty(sum(p.numel() for p in group.trained.values()), dtype=torch.float32)
+        self.sent = self._buffer(sum(p.numel() for p in group.trained.values()), torch.float32)
         self.traffic["reduce_scatter"] += self.sent.numel() * 4
-        self.tracker.kind = "gradients"
+        kind, self.tracker.kind = self.tracker.kind, "gradients"
         for name, p in group.trained.items():
             p.grad = None
             self.shards.parts[name].grad = torch.empty_like(self.shards.parts[name])
@@ -161,4 +176,4 @@ class FullyShard:
             if group is self.root or group.arrived < len(group.trained) * self.micro_batches:
                 self._reduce(group)
             group.whole, group.arrived = None, 0
-        self.flat = self.sent = None
+        self.last = self.sent = None

@@ -7,19 +7,20 @@ import os
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mm.config import ConfigError
+from mm.distributed.parallelize import recompute
+from mm.objectives.diffusion import drawn
 from mm.objectives.step import TrainStep, build_step
 from mm.plan.sharding import FullyShard, Layout, Shards, layout_of
 from mm.plan.tracker import KINDS, Hidden, Tracker
+from mm.rules import divides
 from mm.training.ema import Ema
 from mm.training.optim import Optimizers
 from mm.types import Batch, Encoded
@@ -62,8 +63,11 @@ def simulate(config: TrainConfig, gpus: int = 1, caption_tokens: int | None = No
     or a sharding that does not come out even.
     """
     layout = layout_of(config.parallel, gpus)
-    micro_batch = _share(config, gpus)
+    divides(config, gpus)
     accumulate = config.optim.accumulate
+    micro_batch = config.data.batch_size // (gpus * accumulate)
+    if config.objectives.diffusion is not None:
+        drawn(micro_batch, config.objectives.diffusion.share)  # cached, while tensors still have data
     simulated = min(accumulate, 2)  # a third micro-batch allocates what the second did
     tokens = _tokens(config, caption_tokens)
     with torch.device("meta"):
@@ -74,7 +78,8 @@ def simulate(config: TrainConfig, gpus: int = 1, caption_tokens: int | None = No
     tracker = Tracker(_hidden(gpus))
     with _operators(kernels), FakeTensorMode(allow_non_fake_inputs=True), tracker:
         step.to_empty(device="cpu")
-        checkpointed(step, config.parallel.activation_checkpointing)
+        if config.parallel.activation_checkpointing != "none":
+            recompute(step, config.parallel.activation_checkpointing)
         _with_captions_of(step, tokens, config.model.text.context_length)
         owner: nn.Module = step
         sharded = None
@@ -123,17 +128,6 @@ def simulate(config: TrainConfig, gpus: int = 1, caption_tokens: int | None = No
         memory={kind: tracker.at_peak.get(kind, 0) for kind in KINDS},
         traffic=traffic,
     )
-
-
-def _share(config: TrainConfig, gpus: int) -> int:
-    """Samples of a micro-batch of one rank."""
-    size, accumulate = config.data.batch_size, config.optim.accumulate
-    parts = gpus * accumulate
-    if size % parts:
-        what = f"{gpus} GPUs" + (f" x optim.accumulate = {accumulate}" if accumulate > 1 else "")
-        near = f"{size // parts * parts} or {size // parts * parts + parts}" if size > parts else f"{parts}"
-        raise ConfigError(f"data.batch_size = {size}: must be a multiple of {what}; try {near}")
-    return size // parts
 
 
 def _tokens(config: TrainConfig, wanted: int | None) -> int:
@@ -197,22 +191,6 @@ def _with_captions_of(step: TrainStep, tokens: int, context: int) -> None:
 
     if tokens < context:
         encoder.register_forward_hook(padded)
-
-
-def checkpointed(step: nn.Module, how: str) -> None:
-    """Activation checkpointing of each block, as training applies it."""
-    if how == "none":
-        return
-    context = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if how == "selective" else {}
-    for owner in step.modules():
-        for block in getattr(owner, "blocks", []):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **context)
-
-
-def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    aten = torch.ops.aten
-    kept = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, torch.ops.mm.attention}
-    return CheckpointPolicy.MUST_SAVE if operation.overloadpacket in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _hidden(gpus: int) -> dict[Any, Hidden]:

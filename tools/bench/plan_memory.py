@@ -66,9 +66,9 @@ def measure(setting: Any) -> dict[str, int]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from mm.distributed.parallelize import autocast
+    from mm.distributed.device import autocast
+    from mm.distributed.parallelize import recompute
     from mm.objectives.step import build_step
-    from mm.plan.simulate import checkpointed
     from mm.training.ema import Ema
     from mm.training.optim import Optimizers
     from mm.types import Batch
@@ -81,7 +81,8 @@ def measure(setting: Any) -> dict[str, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         vocabulary: Any = types.SimpleNamespace(vocab_size=setting.model.text.vocab_size)
         step = build_step(setting, vocabulary)
-        checkpointed(step, setting.parallel.activation_checkpointing)
+        if setting.parallel.activation_checkpointing != "none":
+            recompute(step, setting.parallel.activation_checkpointing)
         optimizers, ema = Optimizers(step, setting.optim, setting.run.steps), Ema(step, setting.optim.ema)
         size, side, length = setting.data.batch_size, setting.model.image.size, setting.model.text.context_length
         for number in range(2):
