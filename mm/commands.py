@@ -47,6 +47,12 @@ def checkpoints(argv: Sequence[str]) -> int:
     return run(argv)
 
 
+def plan(argv: Sequence[str]) -> int:
+    from mm.commands_plan import plan as run
+
+    return run(argv)
+
+
 def classify(argv: Sequence[str]) -> int:
     parser = Parser("classify", "The likeliest labels of each image, with their probabilities.")
     parser.add_argument("run", metavar="RUN", help="run folder")
@@ -157,6 +163,7 @@ COMMANDS = {
     "demo": demo,
     "shards": shards,
     "train": train,
+    "plan": plan,
     "checkpoints": checkpoints,
     "classify": classify,
     "generate": generate,

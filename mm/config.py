@@ -64,6 +64,7 @@ class ImageConfig:
     width: int = 192
     depth: int = 6
     heads: int = 3
+    mlp_ratio: float = 4.0  # of the MLP's width to the tower's
     crop_scale: float = 0.7  # smallest area of the random-resized-crop that the vision encoder sees in training
     color_jitter: float = 0.1  # brightness and contrast, in training
     clean_target: bool = True  # diffusion draws the whole image, not the crop that the vision encoder sees
@@ -80,6 +81,7 @@ class TextConfig:
     width: int = 192
     depth: int = 4
     heads: int = 3
+    mlp_ratio: float = 4.0
     causal: bool = False
     pool: Literal["mean", "last"] = "mean"  # last: the end-of-text token, as CLIP
     word_dropout: float = 0.0  # probability of leaving a word out of a training caption

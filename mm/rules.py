@@ -33,7 +33,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "above 0",
         lambda number: number > 0,
-        "data.fetch_gb data.stall_seconds model.image.std "
+        "data.fetch_gb data.stall_seconds model.image.mlp_ratio model.image.std model.text.mlp_ratio "
         "objectives.contrastive.init_scale objectives.contrastive.max_scale "
         "objectives.diffusion.sigma_std objectives.diffusion.noise_scale objectives.diffusion.shift optim.lr "
         "optim.muon_lr optim.clip parallel.timeout",

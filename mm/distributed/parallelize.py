@@ -29,6 +29,7 @@ from mm.types import Loss
 
 # torch's own calls of what it means to rename, once a call site and process; and views, which nothing here changes
 warnings.filterwarnings("ignore", "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)`", FutureWarning)
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # its new name is newer than 2.9
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
 if TYPE_CHECKING:

@@ -15,10 +15,20 @@ from mm_kernels import Ragged
 class Encoder(nn.Module):
     """Tokens, `[B, N, D]` or packed `[T, D]`, to tokens after the final norm and a unit-norm vector each, `[B, E]`."""
 
-    def __init__(self, width: int, depth: int, heads: int, embed_dim: int, *, pool: str = "mean", causal: bool = False):
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        embed_dim: int,
+        *,
+        mlp_ratio: float = 4.0,
+        pool: str = "mean",
+        causal: bool = False,
+    ):
         super().__init__()
         self.pool = pool
-        self.blocks = nn.ModuleList(Block(width, heads, causal=causal) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, causal) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.proj = nn.Linear(width, embed_dim, bias=False)
 

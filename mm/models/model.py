@@ -36,9 +36,22 @@ class Model(nn.Module):
         )
         self.encoders = nn.ModuleDict(
             {
-                "image": Encoder(image.width, image.depth, image.heads, config.embed_dim, pool=image.pool),
+                "image": Encoder(
+                    image.width,
+                    image.depth,
+                    image.heads,
+                    config.embed_dim,
+                    mlp_ratio=image.mlp_ratio,
+                    pool=image.pool,
+                ),
                 "text": Encoder(
-                    text.width, text.depth, text.heads, config.embed_dim, pool=text.pool, causal=text.causal
+                    text.width,
+                    text.depth,
+                    text.heads,
+                    config.embed_dim,
+                    mlp_ratio=text.mlp_ratio,
+                    pool=text.pool,
+                    causal=text.causal,
                 ),
             }
         )

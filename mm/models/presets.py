@@ -5,6 +5,8 @@ Encoder sizes follow CLIP (arXiv 2103.00020) and open_clip's ViT-S; denoiser siz
 
 from __future__ import annotations
 
+from typing import Any
+
 from mm.config import DenoiserConfig, ImageConfig, ModelConfig, TextConfig
 
 
@@ -38,7 +40,28 @@ def vit_l14() -> ModelConfig:
     return _clip(14, (1024, 24, 16), (768, 12, 12), embed_dim=768, denoiser=(1024, 24, 16), denoiser_patch=14)
 
 
-PRESETS = {"tiny": tiny, "vit_s16": vit_s16, "vit_b32": vit_b32, "vit_b16": vit_b16, "vit_l14": vit_l14}
+def so400m() -> ModelConfig:
+    """SoViT-400m/16 (arXiv 2305.13035) with SigLIP's text tower of the same shape, 256 px; no denoiser.
+
+    Shapes as in open_clip's ViT-SO400M-16-SigLIP2-256; the vocabulary is as large as SigLIP's.
+    """
+    shape: dict[str, Any] = {"width": 1152, "depth": 27, "heads": 16, "mlp_ratio": 3.7362}  # the MLP is 4304 wide
+    return ModelConfig(
+        embed_dim=1152,
+        image=ImageConfig(size=256, patch=16, pool="mean", **shape),
+        text=TextConfig(tokenizer="corpus", vocab_size=32000, context_length=64, pool="last", **shape),
+        denoiser=None,
+    )
+
+
+PRESETS = {
+    "tiny": tiny,
+    "vit_s16": vit_s16,
+    "vit_b32": vit_b32,
+    "vit_b16": vit_b16,
+    "vit_l14": vit_l14,
+    "so400m": so400m,
+}
 
 
 def _clip(

@@ -36,6 +36,8 @@ ROOMS = [
         "mm.commands_shards",
         "mm.usage",
         "mm.__main__",
+        "mm.plan",
+        "mm.commands_plan",
     },
 ]
 RANKS = {name: rank for rank, room in enumerate(ROOMS) for name in room}
