@@ -9,7 +9,10 @@ Of the denoiser: JiT's (arXiv 2511.13720): the clean picture predicted, patches 
 normal noise levels (0.8, 0.8), text hidden with probability 0.1, weights averaged at 0.9999; 12 blocks of width 768 as
 DiT-B (arXiv 2212.09748), which read the text without a stream of its own. Half of a batch is drawn from. That both
 recipes go together is untried: a place to start, not a result.
-COST
+
+Costs, as `mm plan configs/vit_b16_dit_b_datacomp.py --gpus 256 --gpu h100` says: 56 GB of 80 a GPU, 0.29 days,
+1,752 GPU-hours. A plan, not a measurement: it assumes 40 % of the peak rate, captions as long as the context, eager
+blocks, and data workers that bring 2,029 samples/s a GPU.
 """
 
 from __future__ import annotations

@@ -10,7 +10,10 @@ their own (MMDiT, arXiv 2403.03206); what it predicts and the noise are JiT's (a
 drawn from. That both recipes go together is untried: a place to start, not a result.
 Parallel: weights, gradients and optimizer state shared by the 8 GPUs of a machine, whole copies across machines (FSDP2,
 hybrid); products of matrices are kept for the backward pass, the rest is computed again.
-COST
+
+Costs, as `mm plan configs/vit_l14_mmdit_600m_datacomp.py --gpus 1024 --gpu h100` says: 30 GB of 80 a GPU, 0.29 days,
+7,207 GPU-hours. A plan, not a measurement: it assumes 40 % of the peak rate, captions as long as the context, eager
+blocks, and data workers that bring 493 samples/s a GPU.
 """
 
 from __future__ import annotations

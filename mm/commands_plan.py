@@ -13,7 +13,8 @@ def plan(argv: Sequence[str]) -> int:
     """Prints the plan of a config: 0 where it fits, 1 where it does not."""
     parser = Parser(
         "plan",
-        "Memory, FLOPs, traffic and time of a run on a cluster, without one. --section.field value replaces a field.",
+        "Memory, FLOPs, traffic and time of a run on a cluster, without one. --section.field value replaces a field. "
+        "The exit code is 1 where the run does not fit.",
         usage="mm plan CONFIG [--gpus N] [--gpu NAME] [--samples N] [--json] [--section.field value ...]",
     )
     parser.add_argument("config", metavar="CONFIG", help="a Python file with `def config() -> TrainConfig`")

@@ -157,7 +157,7 @@ def as_text(plan: Plan) -> str:
     for one in plan.sent:
         where = "in a machine" if one.machine else "over the network"
         lines.append(f"  {one.what:<24}{one.size / 1e9:>9.3f} GB {where:<17}{1e3 * one.seconds(card):>8.1f} ms")
-    time = plan.time
+    time, rate_of_data = plan.time, plan.config.data.batch_size / plan.time.step
     lines += [
         "",
         _row(
@@ -168,7 +168,7 @@ def as_text(plan: Plan) -> str:
         _row(
             "",
             f"not beside it {1e3 * time.exposed:,.1f}, update {1e3 * time.update:,.1f}; no latencies, no waiting "
-            f"for data; {plan.config.data.batch_size / time.step:,.0f} samples/s",
+            f"for data; {rate_of_data:,.0f} samples/s, {rate_of_data / plan.gpus:,.0f} a GPU",
         ),
         _row(
             "run",

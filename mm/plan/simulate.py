@@ -93,16 +93,24 @@ def simulate(config: TrainConfig, gpus: int = 1, caption_tokens: int | None = No
                     p.register_post_accumulate_grad_hook(lambda p: tracker.count([p.grad], "gradients"))
         optimizers, ema = _state(owner, config, tracker)
         tracker.kind = "activations"
-        batch = _batch(config, micro_batch * simulated, tokens)
+        batch = empty_batch(config, micro_batch * simulated, tokens)
         tracker.forget_peak()
 
         @contextlib.contextmanager
         def forward() -> Iterator[None]:
-            tracker.kind, tracker.phase = "activations", "forward" if torch.is_grad_enabled() else "recompute"
+            tracker.kind, tracker.phase = "activations", "forward"
             with _autocast(config):
                 yield
             tracker.kind, tracker.phase = "temporary", "backward"
 
+        def features(micro_batch: Batch) -> dict[str, Tensor]:
+            tracker.phase = "recompute"
+            try:
+                return TrainStep.features(step, micro_batch)
+            finally:
+                tracker.phase = "forward"
+
+        step.features = features  # type: ignore[method-assign, assignment]
         metrics = step.backward(batch, simulated, forward)
         if sharded:
             sharded.finish()
@@ -112,7 +120,7 @@ def simulate(config: TrainConfig, gpus: int = 1, caption_tokens: int | None = No
         optimizers.step(1)
         ema.update(1)
         del metrics
-    parameters = _by_part(step)
+    parameters = parts_of(step)
     scale = accumulate / simulated
     traffic = {name: round(size * scale) for name, size in (sharded.traffic if sharded else {}).items()}
     own = sum(p.numel() for p in owner.parameters() if p.requires_grad)
@@ -169,7 +177,7 @@ def _state(owner: nn.Module, config: TrainConfig, tracker: Tracker) -> tuple[Opt
     return optimizers, Ema(owner, config.optim.ema)
 
 
-def _batch(config: TrainConfig, size: int, tokens: int) -> Batch:
+def empty_batch(config: TrainConfig, size: int, tokens: int) -> Batch:
     """What the loader yields, without data; buckets by aspect have no shape of more pixels than the square."""
     pixels = (size, 3, config.model.image.size, config.model.image.size)
     inputs = {"image": torch.empty(pixels, dtype=torch.uint8)}
@@ -209,7 +217,8 @@ def _hidden(gpus: int) -> dict[Any, Hidden]:
     return {torch.ops.mm.contrastive_loss: loss}
 
 
-def _by_part(step: TrainStep) -> dict[str, int]:
+def parts_of(step: TrainStep) -> dict[str, int]:
+    """Parameters of both encoders with their adapters, of the denoiser, and of the objectives."""
     model = step.model
     modules: list[list[nn.Module]] = [
         [model.adapters["image"], model.encoders["image"]],

@@ -51,8 +51,9 @@ class Tracker(TorchDispatchMode):
             self._highest(self.total + extra, {"communication": extra})
             self.flops[self.phase] += flops
         elif packet in flop_registry:
-            recomputed = self.phase == "backward" and torch.is_grad_enabled()
-            phase = "recompute" if recomputed else self.phase
+            # a custom operator's forward runs without gradients recorded, and in a backward only as part of a forward
+            forward = torch.is_grad_enabled() or packet == torch.ops.mm.attention
+            phase = "recompute" if self.phase == "backward" and forward else self.phase
             self.flops[phase] += flop_registry[packet](*args, **kwargs, out_val=out)
         return out
 
