@@ -47,20 +47,18 @@ def train(argv: Sequence[str]) -> int:
 
 def _together(config: TrainConfig, stop: Stop) -> int:
     """Train with all processes that torchrun started, or alone; the exit code, once this process has said why."""
-    from mm.training import logs
-
-    folder, rank, code = Path(config.run.dir), int(os.environ.get("RANK", "0")), 1
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    if several:
-        logs.prepare_flight_recorder(folder)
-    tell = logs.redirect(folder, rank) if several else _tell
     from mm.distributed.device import pick_device
-    from mm.distributed.world import joined
+    from mm.distributed.world import expected, joined
     from mm.evaluation.callbacks import callbacks
+    from mm.training import logs
     from mm.training.checkpoint import SaveFailed
     from mm.training.loop import Stopped, run
 
-    met = False
+    several, folder, code, met = expected() > 1, Path(config.run.dir), 1, False
+    rank = int(os.environ["RANK"]) if several else 0
+    if several:
+        logs.prepare_flight_recorder(folder)
+    tell = logs.redirect(folder, rank) if several else _tell
     try:
         with joined(pick_device(config.parallel), config.parallel.timeout) as world:
             met = True

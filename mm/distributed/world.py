@@ -94,17 +94,11 @@ class World:
 
 @contextlib.contextmanager
 def joined(device: torch.device, timeout: float) -> Iterator[World]:
-    """The world that torchrun describes in the environment; its process groups end with the block, unless it raises.
-
-    Raises ConfigError where the environment is incomplete.
-    """
-    size = _number("WORLD_SIZE", 1)
+    """The world that torchrun describes in the environment; its process groups end with the block, unless it raises."""
+    size = expected()
     if size == 1:
         yield World()
         return
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise ConfigError(f"WORLD_SIZE = {size}, but {', '.join(missing)} is not set; start with torchrun")
     wait = timedelta(seconds=timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -114,6 +108,15 @@ def joined(device: torch.device, timeout: float) -> Iterator[World]:
     assert isinstance(control, dist.ProcessGroup) and isinstance(saving, dist.ProcessGroup)
     yield World(dist.get_rank(), size, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1), control, saving)
     dist.destroy_process_group()  # not after an error: the others may never come
+
+
+def expected() -> int:
+    """How many processes there are to be. Raises ConfigError where the environment says so and no more."""
+    size = _number("WORLD_SIZE", 1)
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if size > 1 and missing:
+        raise ConfigError(f"WORLD_SIZE = {size}, but {', '.join(missing)} is not set; start with torchrun")
+    return size
 
 
 def _number(name: str, default: int) -> int:

@@ -221,22 +221,22 @@ def test_train_overrides_and_runs(
     from mm.evaluation.callbacks import callbacks
     from mm.training.loop import Stopped
 
-    run = Fake()
+    run = Fake({"step": 3})
     monkeypatch.setattr("mm.training.loop.run", run)
     config = str(root / "configs" / "debug.py")
     assert main(["train", config, "--data.train", "shards", "--run.steps=3"]) == 0
-    ((given, made), _) = run.calls.pop()
-    assert made is callbacks
+    ((given, made), more) = run.calls.pop()
+    assert made is callbacks and more["world"].size == 1
     assert given.run.steps == 3 and given.data.train == "shards"
     assert "data.train" in refused(capsys, "train", config)
     assert "try 8 or 12" in refused(capsys, "train", config, "--data.batch_size", "10", "--optim.accumulate", "4")
     assert "did you mean --run.steps?" in refused(capsys, "train", config, "--run.step", "4")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "without torchrun" in refused(capsys, "train", config, "--data.train", "shards")
+    assert "start with torchrun" in refused(capsys, "train", config, "--data.train", "shards")
     monkeypatch.delenv("WORLD_SIZE")
     assert run.calls == []
 
-    def stopped(*_: object) -> None:
+    def stopped(*_: object, **__: object) -> None:
         raise Stopped(7, 15)
 
     monkeypatch.setattr("mm.training.loop.run", stopped)
