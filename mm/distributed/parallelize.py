@@ -92,11 +92,12 @@ def parallelize(step: TrainStep, config: ParallelConfig, world: World, device: t
         return Parallel(step, wrapper, [*said, f"{world.size} processes, each with all weights"], wrapper)
     mesh = make_mesh(config, world, device)
     half = config.precision == "bf16_params"
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else None
-    shard = functools.partial(fully_shard, mesh=mesh, **({"mp_policy": precision} if precision else {}))
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in blocks(step):
-        shard(block, reshard_after_forward=config.reshard)
-    shard(step, reshard_after_forward=True)  # its few weights must not outlive an evaluation that has no backward
+        policy: dict[str, Any] = {"mp_policy": precision} if half else {}
+        fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard, **policy)
+    # the rest, few weights, stays float32; and it must not outlive an evaluation, which has no backward
+    fully_shard(step, mesh=mesh, reshard_after_forward=True)
     for method in ("features", "pairs"):
         register_fsdp_forward_method(step, method)
     groups = " x ".join(str(size) for size in mesh.shape)
