@@ -19,6 +19,8 @@ usage: mm train CONFIG [--section.field value ...]
 
   mm train configs/debug.py --data.train shards/train-{000000..000003}.tar --run.steps 100
 
+  torchrun --standalone --nproc-per-node 8 -m mm.train configs/x.py ...      on 8 GPUs; docs/cluster.md has the rest
+
 CONFIG is a Python file with `def config() -> TrainConfig`; any field of it can be replaced.
 `mm train CONFIG --help` lists them. The same command again resumes the run in run.dir.
 """

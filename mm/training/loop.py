@@ -193,7 +193,7 @@ def _loop(trainer: Trainer, stop: Stop) -> None:
             progress.update(record)
             if trainer.step == config.run.steps:
                 break
-            writer.write(record | _evaluate(trainer, stop))
+            writer.write(record | (_evaluate(trainer, stop) or {}))
             if agreed.save or trainer.due(config.checkpoint.every):
                 trainer.watch("save", trainer.step)
                 trainer.save()
@@ -209,14 +209,15 @@ def _loop(trainer: Trainer, stop: Stop) -> None:
 
 def _finish(trainer: Trainer, stop: Stop) -> None:
     """The last step's evaluation and its line, once its checkpoint is safe: a kill in between only repeats this."""
+    found = _evaluate(trainer, stop)
+    if found is None:
+        raise Stopped(trainer.step, int(trainer.world.most([stop.signal or 0])[0]))
     with Writer(trainer, before_last=True) as writer:
-        writer.write(trainer.record | _evaluate(trainer, stop))
-        if trainer.world.any(bool(stop)):
-            raise Stopped(trainer.step, stop.signal or 0)
+        writer.write(trainer.record | found)
 
 
-def _evaluate(trainer: Trainer, stop: Stop) -> dict[str, float]:
-    """What the callbacks that are due find, each process having done its part; nothing where a signal came."""
+def _evaluate(trainer: Trainer, stop: Stop) -> dict[str, float] | None:
+    """What the callbacks that are due find, each process having done its part; None where a signal came."""
     due = [callback for callback in trainer.callbacks if trainer.due(callback.every)]
     if not due:
         return {}
@@ -230,7 +231,7 @@ def _evaluate(trainer: Trainer, stop: Stop) -> dict[str, float]:
                 part = callback.part(trainer)
             parts = trainer.world.gather(part)
             if any(part is None for part in parts):
-                return {}
+                return None
             found |= callback.whole(trainer, parts)
     if found:
         _say(trainer.world, "  ".join(f"{name} {value:.3f}" for name, value in found.items()))
