@@ -85,7 +85,8 @@ def inspect(folder: Path) -> tuple[Manifest | None, str]:
         manifest = _parse((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest.step != step_of(folder):
             return manifest, f"{MANIFEST}: is of step {manifest.step}"
-        extra = sorted({path.name for path in folder.iterdir()} - {*manifest.files, MANIFEST})
+        found = {path.name for path in folder.iterdir() if not path.name.startswith(".nfs")}  # open elsewhere, removed
+        extra = sorted(found - {*manifest.files, MANIFEST})
         if extra:
             return manifest, f"{extra[0]}: is not in the manifest"
         for name, entry in manifest.files.items():
