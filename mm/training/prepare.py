@@ -1,4 +1,4 @@
-"""What is the same for a new run and for one that is resumed: tokenizer, model, data, parallelism, and their measures."""
+"""What comes before the first step, of a new run or of one that is resumed: tokenizer, model, data, parallelism."""
 
 from __future__ import annotations
 
