@@ -94,7 +94,7 @@ def parallelize(step: TrainStep, config: ParallelConfig, world: World, device: t
     for block in blocks(step):
         shard(block, reshard_after_forward=config.reshard)
     shard(step, reshard_after_forward=True)  # its few weights must not outlive an evaluation that has no backward
-    for method in ("features", "pairs"):
+    for method in ("features", "pairs", "diagnose"):
         register_fsdp_forward_method(step, method)
     groups = " x ".join(str(size) for size in mesh.shape)
     said.append(f"{world.size} processes, weights sharded over {groups}")
@@ -124,8 +124,17 @@ def recompute(module: nn.Module, how: str) -> int:
         options["context_fn"] = keep
     found = blocks(module)
     for block in found:
-        block.forward = functools.partial(checkpoint, block.forward, **options)
+        block.forward = _checkpointed(block.forward, options)
     return len(found)
+
+
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """No functools.partial: torch.compile passes over a module that has one for its forward, and says nothing."""
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        return checkpoint(forward, *arguments, **options, **named)
+
+    return call
 
 
 def _policy(_context: Any, operation: Any, *_args: Any, **_options: Any) -> CheckpointPolicy:
