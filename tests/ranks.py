@@ -139,7 +139,8 @@ class Trained:
         case = (processes, *flags)
         if case not in self._made:
             run = self.runs / str(len(self._made))
-            assert self.start(processes, run, *flags) == [f"finished {self.steps}"] * processes
+            ended = self.start(processes, run, *flags)
+            assert ended == [f"finished {self.steps}"] * processes, ended
             self._made[case] = run
         return self._made[case]
 
