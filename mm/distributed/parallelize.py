@@ -90,8 +90,6 @@ def parallelize(step: TrainStep, config: ParallelConfig, world: World, device: t
             step, broadcast_buffers=False, find_unused_parameters=unused, gradient_as_bucket_view=True
         )
         return Parallel(step, wrapper, [*said, f"{world.size} processes, each with all weights"], wrapper)
-    if config.precision == "bf16_params" and device.type == "cpu":
-        raise ConfigError("parallel.precision = bf16_params: a CPU's norms take no mixed types; use bf16 there")
     mesh = make_mesh(config, world, device)
     half = config.precision == "bf16_params"
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
