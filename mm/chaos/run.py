@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 
-from mm.chaos import stops
+from mm.chaos import folder, numbers, stops, storage
 from mm.chaos.launch import Wrong
 from mm.chaos.suite import Finding, Scenario, Stage, Suite
 from mm.chaos.table import Row
@@ -19,7 +19,8 @@ from mm.fields import suggestion
 def scenarios(processes: int, kills: int, seed: int) -> list[Scenario]:
     """All faults, in the order in which they are tried; `kills` at random moments, drawn from `seed`."""
     control = Scenario("nothing", "nothing: two uninterrupted runs", _nothing, processes)
-    return [control, *stops.scenarios(processes)]
+    rooms = (stops, storage, numbers, folder)
+    return [control, *(one for room in rooms for one in room.scenarios(processes))]
 
 
 def chosen(found: Sequence[Scenario], patterns: Sequence[str]) -> list[Scenario]:
@@ -50,7 +51,8 @@ def run(suite: Suite, wanted: Sequence[Scenario], told: Callable[[Row, int], Non
         stage = Stage(suite, scenario.name, scenario.processes)
         try:
             finding = scenario.run(stage)
-            shutil.rmtree(stage.run, ignore_errors=True)
+            if not suite.needed(stage.run):
+                shutil.rmtree(stage.run, ignore_errors=True)
         except (Wrong, OSError, ValueError, AssertionError, subprocess.SubprocessError) as error:
             problem = " ".join(str(error).split()) or type(error).__name__
         rows.append(Row(scenario, finding, problem, time.monotonic() - begun))

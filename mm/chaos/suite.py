@@ -89,9 +89,21 @@ class Suite:
 
         return self._once(f"killed-{processes}", make, processes)
 
+    def keep(self, name: str, stage: Stage) -> None:
+        """Let a run that ended well serve for comparison."""
+        self._made.setdefault(name, stage.run)
+
+    def kept(self, name: str, processes: int, make: Callable[[Stage], object]) -> Path:
+        """The folder of such a run, made now where there is none yet."""
+        return self._once(name, make, processes)
+
+    def needed(self, run: Path) -> bool:
+        """Whether a run folder may still be compared with."""
+        return run in self._made.values()
+
     def _once(self, name: str, make: Callable[[Stage], object], processes: int) -> Path:
         if name not in self._made:
-            stage = Stage(self, name, processes)
+            stage = Stage(self, f"for-comparison-{name}", processes)
             self.say(f"{name}: making it, for comparison")
             make(stage)
             self._made[name] = stage.run
