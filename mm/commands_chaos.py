@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ def chaos(argv: Sequence[str]) -> int:
         raise ConfigError("mm chaos: finds the processes that it starts in /proc, which only Linux has")
     suite = suites.prepare(args.config, overrides, Path(args.out), args.processes, _say)
     begun = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no process is left behind
 
     def told(row: table.Row, number: int) -> None:
         _say(f"[{number}/{len(wanted)}] {row.scenario.name}: {row.problem or 'ok'} ({row.seconds:.0f} s)")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import fnmatch
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from mm.chaos import folder, numbers, stops, storage
+from mm.chaos import folder, numbers, random_kills, shards, stops, storage
 from mm.chaos.launch import Wrong
 from mm.chaos.suite import Finding, Scenario, Stage, Suite
 from mm.chaos.table import Row
@@ -19,8 +21,8 @@ from mm.fields import suggestion
 def scenarios(processes: int, kills: int, seed: int) -> list[Scenario]:
     """All faults, in the order in which they are tried; `kills` at random moments, drawn from `seed`."""
     control = Scenario("nothing", "nothing: two uninterrupted runs", _nothing, processes)
-    rooms = (stops, storage, numbers, folder)
-    return [control, *(one for room in rooms for one in room.scenarios(processes))]
+    found = [one for room in (stops, storage, numbers, folder) for one in room.scenarios(processes)]
+    return [control, *found, *shards.scenarios(), *random_kills.scenarios(processes, kills, seed)]
 
 
 def chosen(found: Sequence[Scenario], patterns: Sequence[str]) -> list[Scenario]:
@@ -51,13 +53,22 @@ def run(suite: Suite, wanted: Sequence[Scenario], told: Callable[[Row, int], Non
         stage = Stage(suite, scenario.name, scenario.processes)
         try:
             finding = scenario.run(stage)
-            if not suite.needed(stage.run):
-                shutil.rmtree(stage.run, ignore_errors=True)
+            finding = replace(finding, seen=_anywhere(finding.seen, stage))
+            for path in stage.folder.iterdir():
+                if path.is_dir() and not suite.needed(path):
+                    shutil.rmtree(path)
         except (Wrong, OSError, ValueError, AssertionError, subprocess.SubprocessError) as error:
             problem = " ".join(str(error).split()) or type(error).__name__
         rows.append(Row(scenario, finding, problem, time.monotonic() - begun))
         told(rows[-1], number)
     return rows
+
+
+def _anywhere(line: str, stage: Stage) -> str:
+    """A line without the paths of this machine."""
+    for path, name in ((stage.run, "RUN"), (stage.suite.out, "OUT"), (sys.executable, "python")):
+        line = line.replace(str(path), name)
+    return line
 
 
 def _nothing(stage: Stage) -> Finding:
