@@ -60,8 +60,10 @@ def markdown(result: dict[str, Any]) -> str:
     """The rows of a result as a table for a README."""
     lines = ["| fault | where | what was seen | went on from |", "|---|---|---|---|"]
     for row in result["faults"]:
-        went = _went_on(row).removesuffix("; ") or "did not have to stop"
-        seen = shortened(row["seen"]).replace("|", "\\|")
+        lost = row["steps_lost"]
+        again = f", {lost or 'no'} step{'' if lost == 1 else 's'} again"
+        went = row["verdict"] if row["resumed_from"] is None else f"step {row['resumed_from']}{again}"
+        seen = shortened(row["seen"]).replace("|", "\\|") or row["verdict"]
         lines.append(f"| {row['name']} | {row['injected']} ({_processes(row['processes'])}) | {seen} | {went} |")
     return "\n".join(lines) + "\n"
 
