@@ -23,6 +23,8 @@ mm: shared vision and text encoders, trained by a contrastive and a diffusion ob
                   mm train configs/debug.py --data.train shards/openmoji --run.steps 100
   mm checkpoints  which checkpoints a run has, and whether they are whole
                   mm checkpoints runs/demo
+  mm chaos      kill, stop and starve a run of yours, break its files, and see it go on
+                  mm chaos configs/debug.py --processes 2
   mm plan       memory, FLOPs, traffic, time and cost of a run on a cluster, without one
                   mm plan configs/vit_b32_cc12m.py --gpus 64 --gpu h100
   mm classify   label images with words of your own

@@ -53,6 +53,12 @@ def plan(argv: Sequence[str]) -> int:
     return run(argv)
 
 
+def chaos(argv: Sequence[str]) -> int:
+    from mm.commands_chaos import chaos as run
+
+    return run(argv)
+
+
 def classify(argv: Sequence[str]) -> int:
     parser = Parser("classify", "The likeliest labels of each image, with their probabilities.")
     parser.add_argument("run", metavar="RUN", help="run folder")
@@ -165,6 +171,7 @@ COMMANDS = {
     "train": train,
     "plan": plan,
     "checkpoints": checkpoints,
+    "chaos": chaos,
     "classify": classify,
     "generate": generate,
     "evaluate": evaluate,

@@ -31,6 +31,8 @@ from mm.training.optim import Optimizers
 from mm.training.progress import say
 from mm.types import Batch, Loss
 
+_FAULTS = {"nan": math.nan, "spike": 1e3}  # what a fault of that name multiplies one process' loss with
+
 
 class Callback(Protocol):
     """Called with the averaged weights in place, every `every` steps (0: only after the last).
@@ -109,15 +111,15 @@ class Trainer:
         None where the trainer went back to its newest checkpoint. With `factor` 0 it costs the same and changes nothing
         but optimizer state. Raises Diverged where the run is to stop.
         """
-        forward, poisoned = self.parallel.forward, fault("step", self.step + 1) == "nan"
+        forward, spoilt = self.parallel.forward, _FAULTS.get(fault("step", self.step + 1))
         metrics = self.step_module.backward(
             batch,
             self.config.optim.accumulate,
             self.autocast,
-            _spoilt(forward) if poisoned else forward,
+            _spoilt(forward, spoilt) if spoilt else forward,
             self.parallel.sync,
         )
-        own = metrics["loss"] * math.nan if poisoned else metrics["loss"]
+        own = metrics["loss"] * spoilt if spoilt else metrics["loss"]
         norm = self.optimizers.clip()
         values = self.means({**metrics, "loss": own}) | {"grad_norm": norm.item()}
         problem, action = self.health.judge(values) if factor is None else ("", "")
@@ -245,12 +247,12 @@ class Trainer:
         return self.step == self.config.run.steps or (every > 0 and self.step % every == 0)
 
 
-def _spoilt(forward: Callable[..., Loss]) -> Callable[..., Loss]:
-    """A forward whose loss is no number: a fault on purpose."""
+def _spoilt(forward: Callable[..., Loss], factor: float) -> Callable[..., Loss]:
+    """A forward whose loss is so many times what it should be: a fault on purpose."""
 
     def call(*arguments: Any) -> Loss:
         loss = forward(*arguments)
-        return Loss(loss.value * math.nan, loss.metrics)
+        return Loss(loss.value * factor, loss.metrics)
 
     return call
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mm.adapters.base import Processor
 from mm.config import ConfigError
+from mm.data.indexing import index
 from mm.data.loader import Loader
 
 pytestmark = pytest.mark.timeout(60)
@@ -60,6 +61,14 @@ def four(tmp_path: Path) -> list[Path]:
 
 def cut_at_half(path: Path) -> None:
     os.truncate(path, os.path.getsize(path) // 2)
+
+
+def test_a_member_that_came_after_the_index_and_is_ignored_is_in_the_ledger(tmp_path: Path) -> None:
+    shard = write(tmp_path / "0.tar", members())
+    index(str(tmp_path), workers=1)
+    write(shard, [*members(), members()[2 * 3]])  # all samples are where they were
+    entries = [entry for entry in loader(tmp_path).ledger if entry.key]
+    assert [(entry.key, entry.reason) for entry in entries] == [("00002", "second member 00002.png ignored")]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -38,6 +38,8 @@ ROOMS = [
         "mm.__main__",
         "mm.plan",
         "mm.commands_plan",
+        "mm.chaos",
+        "mm.commands_chaos",
     },
 ]
 RANKS = {name: rank for rank, room in enumerate(ROOMS) for name in room}
