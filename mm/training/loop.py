@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mm.adapters.text import tokenizer_from_json
 from mm.config import TrainConfig
 from mm.data.buckets import aspect_shapes
 from mm.data.loader import Loader
@@ -107,9 +108,10 @@ def _prepare(config: TrainConfig, callbacks: Sequence[Callback], world: World) -
         world.lead(lambda: run_folder.claim(folder, config))  # refuse another run's folder before anything is built
     device = pick_device(config.parallel)
     access = Access(data.fetch_gb, data.stall_seconds)
-    tokenizer = world.in_turn(
-        lambda: run_folder.tokenizer_of(folder, config, lambda: corpus(data.train, data.caption, access))
+    made = world.lead(
+        lambda: run_folder.tokenizer_of(folder, config, lambda: corpus(data.train, data.caption, access)).to_json()
     )
+    tokenizer = tokenizer_from_json(made)
     torch.manual_seed(config.run.seed)
     step_module = build_step(config, tokenizer).to(device)
     loader = world.in_turn(lambda: _loader(config, step_module, world, device))
