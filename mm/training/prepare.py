@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from mm.adapters.text import tokenizer_from_json
 from mm.config import TrainConfig
 from mm.data.buckets import aspect_shapes
 from mm.data.loader import Loader
@@ -30,8 +31,10 @@ def prepare(config: TrainConfig, callbacks: Sequence[Callback], world: World) ->
         world.lead(lambda: run_folder.claim(folder, config))  # refuse another run's folder before anything is built
     device = pick_device(config.parallel)
     access = Access(data.fetch_gb, data.stall_seconds)
-    tokenizer = world.in_turn(
-        lambda: run_folder.tokenizer_of(folder, config, lambda: corpus(data.train, data.caption, access))
+    tokenizer = tokenizer_from_json(
+        world.lead(
+            lambda: run_folder.tokenizer_of(folder, config, lambda: corpus(data.train, data.caption, access)).to_json()
+        )
     )
     torch.manual_seed(config.run.seed)
     step_module = build_step(config, tokenizer).to(device)
