@@ -1,4 +1,9 @@
-"""The long form of test_training_ranks.py: 50 steps, over which differences grow, and every way to share the work."""
+"""The long form of test_training_ranks.py: 50 steps, and every way to share the work.
+
+Differences grow on the way, those of the gradient norm most: with the sigmoid loss, two micro-batches in one process
+already move it by 5e-4, the loss by 7e-6 and the weights by 2e-6. Loss and weights
+of the default objectives are held to the 1e-5 of the short form.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +38,10 @@ WAYS = {
 def test_fifty_steps_follow_one_process(trained: Trained, way: str, objectives: tuple[str, ...]) -> None:
     processes, flags = WAYS[way]
     run, one = trained(processes, *LONG, *objectives, *flags), trained(1, *LONG, *objectives)
-    follows(run, one)
+    if objectives == ALL:
+        follows(run, one, tolerance=5e-5, norms=5e-3)
+    else:
+        follows(run, one, norms=1e-4)
     shared = 2 if flags == HYBRID else processes if FSDP[1] in flags else 1
     assert held(run) == pytest.approx([1 / shared] * processes, rel=1e-4)
     assert sum(held(run)) == processes / shared
