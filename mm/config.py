@@ -167,7 +167,7 @@ class OptimConfig:
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "bf16_params"] = "bf16"  # bf16_params: shards are also gathered in bf16
+    precision: Literal["fp32", "bf16", "bf16_params"] = "bf16"  # bf16_params: shards of blocks are gathered in bf16 too
     compile: bool = True
     threads: int = 0  # CPU threads of torch; 0: one a core
     strategy: Literal["ddp", "fsdp", "hybrid"] = "ddp"  # whole copies; sharded; sharded in groups, copied across them

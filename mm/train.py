@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ USAGE = """\
 usage: mm train CONFIG [--section.field value ...]
 
   mm train configs/debug.py --data.train shards/train-{000000..000003}.tar --run.steps 100
+
+  torchrun --standalone --nproc-per-node 8 -m mm.train configs/x.py ...      on 8 GPUs; docs/cluster.md has the rest
 
 CONFIG is a Python file with `def config() -> TrainConfig`; any field of it can be replaced.
 `mm train CONFIG --help` lists them. The same command again resumes the run in run.dir.
@@ -71,12 +74,15 @@ def _together(config: TrainConfig, stop: Stop) -> int:
             if world.main:
                 _report(outcome)  # while signals are still held: the launcher's may come now
     except Exception as error:
+        lost = several and _left_alone(error)
         if rank == 0:
-            _report(f"failed {error}")
+            _report(f"{'lost' if lost else 'failed'} {error}")
         if isinstance(error, SaveFailed):
             if rank == 0:
                 tell(f"error: {error}")
-        elif several and _left_alone(error):
+        elif lost:
+            with open(logs.folder(folder) / f"rank-{rank}.txt", "a", encoding="utf-8") as file:
+                traceback.print_exc(file=file)
             if os.environ.get("LOCAL_RANK", "0") == "0":  # one voice a machine
                 tell(
                     f"error: another process ended or does not answer ({_first_line(error)}); what it said is above or "
@@ -91,7 +97,7 @@ def _together(config: TrainConfig, stop: Stop) -> int:
 
 def _left_alone(error: Exception) -> bool:
     """Whether torch's error is that of a collective whose other end is gone or does not answer."""
-    words = ("closed by peer", "connection reset", "broken pipe", "timed out", "timeout", "nccl", "connection refused")
+    words = ("closed by peer", "connection reset", "broken pipe", "connection refused", "timed out", "remote process")
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
@@ -104,7 +110,7 @@ def _tell(line: str) -> None:
 
 
 def _report(outcome: str) -> None:
-    """One line for the script that launched this: finished STEP, stopped STEP SIGNAL or failed MESSAGE."""
+    """One line for the script that launched this: finished STEP, stopped STEP SIGNAL, lost or failed MESSAGE."""
     if path := os.environ.get("MM_STATUS"):
         with open(path, "w", encoding="utf-8") as file:
             file.write(" ".join(outcome.split()) + "\n")

@@ -92,12 +92,13 @@ def parallelize(step: TrainStep, config: ParallelConfig, world: World, device: t
         return Parallel(step, wrapper, [*said, f"{world.size} processes, each with all weights"], wrapper)
     mesh = make_mesh(config, world, device)
     half = config.precision == "bf16_params"
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if half else None
-    shard = functools.partial(fully_shard, mesh=mesh, **({"mp_policy": precision} if precision else {}))
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in blocks(step):
-        shard(block, reshard_after_forward=config.reshard)
-    shard(step, reshard_after_forward=True)  # its few weights must not outlive an evaluation that has no backward
-    for method in ("features", "pairs"):
+        policy: dict[str, Any] = {"mp_policy": precision} if half else {}
+        fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard, **policy)
+    # the rest, few weights, stays float32; and it must not outlive an evaluation, which has no backward
+    fully_shard(step, mesh=mesh, reshard_after_forward=True)
+    for method in ("features", "pairs", "diagnose"):
         register_fsdp_forward_method(step, method)
     groups = " x ".join(str(size) for size in mesh.shape)
     said.append(f"{world.size} processes, weights sharded over {groups}")
@@ -127,8 +128,17 @@ def recompute(module: nn.Module, how: str) -> int:
         options["context_fn"] = keep
     found = blocks(module)
     for block in found:
-        block.forward = functools.partial(checkpoint, block.forward, **options)
+        block.forward = _checkpointed(block.forward, options)
     return len(found)
+
+
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """No functools.partial: torch.compile passes over a module that has one for its forward, and says nothing."""
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        return checkpoint(forward, *arguments, **options, **named)
+
+    return call
 
 
 def _policy(_context: Any, operation: Any, *_args: Any, **_options: Any) -> CheckpointPolicy:

@@ -104,7 +104,8 @@ def joined(device: torch.device, timeout: float) -> Iterator[World]:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=wait, device_id=device if device.type == "cuda" else None)
-    control, saving = (dist.new_group(backend="gloo", timeout=wait) for _ in range(2))
+    # the first process may index shards for hours; who is dead closes its connection, who hangs the watchdog names
+    control, saving = (dist.new_group(backend="gloo", timeout=timedelta(days=1)) for _ in range(2))
     assert isinstance(control, dist.ProcessGroup) and isinstance(saving, dist.ProcessGroup)
     yield World(dist.get_rank(), size, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1), control, saving)
     dist.destroy_process_group()  # not after an error: the others may never come

@@ -52,7 +52,9 @@ def callbacks(config: TrainConfig) -> list[Any]:
 
 
 def _inference(context: Context) -> Inference:
-    return Inference(context.model, context.config, context.extras())
+    found = Inference(context.model, context.config, context.extras())
+    found.bf16 = context.config.parallel.precision == "bf16_params"  # blocks that are gathered so take nothing else
+    return found
 
 
 class _OnVal:

@@ -9,6 +9,15 @@ from torch import Tensor, nn
 from mm_kernels import adaln_modulate, attention, qk_norm_rope, rms_norm
 
 
+class Norm(nn.LayerNorm):
+    """A layer norm that takes wider inputs than its weights, where these were gathered in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dtype == torch.float32:
+            return super().forward(x)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); q and k are RMS-normed (arXiv 2302.05442)."""
 
@@ -16,12 +25,12 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.causal = heads, causal
         hidden = int(width * mlp_ratio)
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = Norm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.Parameter(torch.ones(width // heads))
         self.k_norm = nn.Parameter(torch.ones(width // heads))
         self.out = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = Norm(width)
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
@@ -82,7 +91,7 @@ class JointBlock(nn.Module):
         self.image = Stream(width, heads)
         self.context = Stream(width, heads) if update_context else None
         if not update_context:
-            self.context_norm = nn.LayerNorm(width)
+            self.context_norm = Norm(width)
             self.context_kv = nn.Linear(width, 2 * width)
             self.context_k_norm = nn.Parameter(torch.ones(width // heads))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mm.config import ConfigError
-from mm.distributed.parallelize import recompute
+from mm.distributed.parallelize import blocks, recompute
 from mm.objectives.diffusion import drawn
 from mm.objectives.step import TrainStep, build_step
 from mm.plan.sharding import FullyShard, Layout, Shards, layout_of
@@ -73,8 +73,9 @@ def simulate(config: TrainConfig, gpus: int = 1, caption_tokens: int | None = No
     with torch.device("meta"):
         step = build_step(config, cast("Any", types.SimpleNamespace(vocab_size=config.model.text.vocab_size)))
     if layout.shard > 1 and config.parallel.precision == "bf16_params":
-        for p in step.parameters():
-            p.data = p.data.bfloat16()  # as they are gathered
+        for block in blocks(step):
+            for p in block.parameters():
+                p.data = p.data.bfloat16()  # as they are gathered
     tracker = Tracker(_hidden(gpus))
     with _operators(kernels), FakeTensorMode(allow_non_fake_inputs=True), tracker:
         step.to_empty(device="cpu")

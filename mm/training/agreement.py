@@ -67,6 +67,7 @@ class Agreement:
         self.saved = time.monotonic()  # when the last checkpoint was begun
         self.entries: list[Entry] = []  # of all processes' ledgers, each once
         self._known: set[Entry] = set()
+        self.failed = False  # one process has no batch, and all of them know
         self._told = 0
         self._waited = 0.0  # in the last agreement: who waits least, all others wait for
 
@@ -80,6 +81,7 @@ class Agreement:
         signal, failed, news, save, *packed = world.most([*map(float, flags), *waits])
         self._waited = time.perf_counter() - start
         if failed:
+            self.failed = True
             self._raise(feed.error)
         if news:
             for part in world.gather(ledger[self._told :]):

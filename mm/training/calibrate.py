@@ -22,22 +22,25 @@ if TYPE_CHECKING:
 
 CALIBRATION_STEPS = 5
 DIAGNOSED = 64  # samples whose gradients are compared
+FEW = 8  # samples whose FLOPs stand for those of a batch that may not fit
 RESERVE = 0.02  # share of a time budget kept for checkpoints and the last evaluation
 
 
 def count_flops(step: TrainStep, loader: Loader, config: TrainConfig, device: torch.device) -> tuple[int, bool]:
     """FLOPs of one step's forward and backward in this process, counted by torch over a real batch.
 
-    Also whether some parameter got no gradient. With accumulation it is one micro-batch times their number: the second
-    forward is not work that a step needs. Leaves no gradient behind.
+    Also whether some parameter got no gradient. Of one micro-batch or a few samples, times their number: what is
+    computed a second time is not work that a step needs. Leaves no gradient behind.
     """
-    accumulate = config.optim.accumulate
     batch = next(iter(loader)).to(device)
+    part = batch.split(len(batch) // config.optim.accumulate)[0]
+    if config.parallel.strategy != "ddp" or config.parallel.activation_checkpointing != "none":
+        part = part.split(FEW)[0]  # more may fit only once it is sharded, or computed twice
     with FlopCounterMode(display=False) as counter:
-        step.backward(batch.split(len(batch) // accumulate)[0], 1, lambda: autocast(config.parallel, device))
+        step.backward(part, 1, lambda: autocast(config.parallel, device))
     unused = any(p.grad is None for p in step.parameters() if p.requires_grad)
     step.zero_grad()
-    return counter.get_total_flops() * accumulate, unused
+    return counter.get_total_flops() * len(batch) // len(part), unused
 
 
 def warm_up(trainer: Trainer) -> None:

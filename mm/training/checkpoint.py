@@ -155,12 +155,17 @@ class Checkpoints:
 
     def _damage(self, folder: Path) -> str:
         """What is wrong with a checkpoint or "", as all processes together see it."""
-        content, problem = self.world.share(manifest.inspect(folder) if self.world.main else None)
-        if problem:
-            return problem
-        files: dict[str, Entry] = content.files
-        mine = shared_out({name: entry.size for name, entry in files.items()}, self.world.rank, self.world.size)
-        found = self.world.gather([manifest.damage(folder, name, files[name]) for name in mine])
+        world = self.world
+        try:
+            content, problem = together(world, lambda: manifest.inspect(folder) if world.main else (None, ""))[0]
+            if problem:
+                return problem
+            assert content is not None
+            files: dict[str, Entry] = content.files
+            mine = shared_out({name: entry.size for name, entry in files.items()}, world.rank, world.size)
+            found = together(world, lambda: [manifest.damage(folder, name, files[name]) for name in mine])
+        except Failed as error:  # a disk that does not answer is no damage: what it holds must not be given up
+            raise ConfigError(f"{folder} cannot be read ({error}); start again when it can") from None
         return next((problem for problems in found for problem in problems if problem), "")
 
     def _open(self, folder: Path) -> Found:

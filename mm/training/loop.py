@@ -8,32 +8,26 @@ each step they agree whether to make it, and after it they know the same numbers
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mm.config import TrainConfig
-from mm.data.buckets import aspect_shapes
-from mm.data.loader import Loader
 from mm.data.order import chain
-from mm.data.sources import Access, check, corpus
-from mm.distributed.device import pick_device
-from mm.distributed.parallelize import parallelize
+from mm.data.sources import check
 from mm.distributed.world import World
-from mm.objectives.step import TrainStep, build_step
 from mm.rules import divides
 from mm.training import run_folder
 from mm.training.agreement import Agreed, Agreement, Feed
-from mm.training.calibrate import count_flops, diagnose, steps_within, warm_up
+from mm.training.calibrate import diagnose, steps_within
 from mm.training.checkpoint import preflight
 from mm.training.faults import fault
 from mm.training.health import Diverged
-from mm.training.metrics import gpu_memory, matrix_rate
+from mm.training.manifest import last_step
+from mm.training.metrics import gpu_memory
 from mm.training.preemption import Interrupted, Stop
+from mm.training.prepare import prepare
 from mm.training.progress import Progress, say
 from mm.training.trainer import Callback, Trainer
 from mm.training.watchdog import Watchdog
@@ -74,20 +68,21 @@ def run(
     made = callbacks(config) if callbacks else ()
     with run_folder.locked(folder, world), contextlib.ExitStack() as held:
         stop = stop or held.enter_context(Stop().listening())
+        dog = held.enter_context(Watchdog(folder, world, config.health.stall_seconds, tell=tell))
         saved = world.lead(lambda: run_folder.saved_config(folder))
         if budget and saved is not None:
             config.run.steps = saved.run.steps
             say(f"{folder}: a run of {saved.run.steps} steps, which it keeps")
         try:
-            with stop.interrupting():
-                trainer = _prepare(config, made, world)
+            # many are not interrupted here, where one may have no signal: they agree to stop before the first step
+            with stop.interrupting() if world.size == 1 else contextlib.nullcontext():
+                trainer = prepare(config, made, world)
                 if budget and saved is None:
                     config.run.steps = world.share(steps_within(trainer, budget, started))
                     trainer.optimizers.steps = config.run.steps
-        except Interrupted:  # nothing has been trained
-            raise Stopped(0, stop.signal or 0) from None
+        except Interrupted:  # nothing has been trained since the last checkpoint
+            raise Stopped(last_step(folder), stop.signal or 0) from None
         world.lead(lambda: run_folder.claim(folder, config))
-        dog = held.enter_context(Watchdog(folder, world, config.health.stall_seconds, tell=tell))
         trainer.watch = dog.at
         trainer.restore()
         if trainer.step >= config.run.steps:
@@ -103,69 +98,6 @@ def run(
         return {"step": trainer.step, "seconds": time.perf_counter() - started}
 
 
-def _prepare(config: TrainConfig, callbacks: Sequence[Callback], world: World) -> Trainer:
-    """Everything that is the same for a new run and for one that is resumed."""
-    folder, data = Path(config.run.dir), config.data
-    if world.lead(lambda: run_folder.saved_config(folder)) is not None:
-        world.lead(lambda: run_folder.claim(folder, config))  # refuse another run's folder before anything is built
-    device = pick_device(config.parallel)
-    access = Access(data.fetch_gb, data.stall_seconds)
-    tokenizer = world.in_turn(
-        lambda: run_folder.tokenizer_of(folder, config, lambda: corpus(data.train, data.caption, access))
-    )
-    torch.manual_seed(config.run.seed)
-    step_module = build_step(config, tokenizer).to(device)
-    loader = world.in_turn(lambda: _loader(config, step_module, world, device))
-    flops, unused = count_flops(step_module, loader, config, device)
-    parallel = parallelize(step_module, config.parallel, world, device, unused)
-    trainer = Trainer(config, parallel, loader, device, world, callbacks, flops=flops)
-    trainer.peak = matrix_rate(device, torch.float32 if config.parallel.precision == "fp32" else torch.bfloat16)
-    parameters = sum(p.numel() for p in step_module.parameters())
-    _say(
-        world,
-        f"{parameters / 1e6:.1f} M parameters, {tokenizer.vocab_size} text tokens, {loader.samples} samples, "
-        f"{flops * world.size / 1e9:.0f} GFLOP a step; this machine: {trainer.peak / 1e9:.0f} GFLOP/s "
-        f"in {config.parallel.precision} matrix products on {device.type}",
-    )
-    for line in parallel.said:
-        _say(world, line)
-    if parallel.wrapper is not None:
-        warm_up(trainer)
-    return trainer
-
-
-def _loader(config: TrainConfig, step_module: TrainStep, world: World, device: torch.device) -> Loader:
-    data = config.data
-    return Loader(
-        data.train,
-        step_module.model.processors(train=True),
-        batch_size=data.batch_size,
-        seed=config.run.seed,
-        train=True,
-        workers=data.workers,
-        rank=world.rank,
-        world=world.size,
-        shuffle_block=data.shuffle_block,
-        caption=data.caption,
-        weights=data.weights,
-        buckets=data.buckets,
-        shapes=_shapes(config) if data.buckets == "aspect" else (),
-        max_error_rate=data.max_error_rate,
-        max_consecutive_errors=data.max_consecutive_errors,
-        buffer_mb=data.buffer_mb,
-        cache_mb=data.cache_mb,
-        fetch_gb=data.fetch_gb,
-        stall_seconds=data.stall_seconds,
-        ahead=device.type != "cpu",
-    )
-
-
-def _shapes(config: TrainConfig) -> list[tuple[int, int]]:
-    """The picture shapes of aspect buckets: sides that both the vision encoder and the denoiser can cut in patches."""
-    image, denoiser = config.model.image, config.model.denoiser
-    return aspect_shapes(image.size, math.lcm(image.patch, denoiser.patch if denoiser else 1), config.data.shapes)
-
-
 def _loop(trainer: Trainer, stop: Stop) -> None:
     """Steps until the last one or a signal; then everything is saved."""
     config, world = trainer.config, trainer.world
@@ -179,21 +111,30 @@ def _loop(trainer: Trainer, stop: Stop) -> None:
             trainer.watch("data", trainer.step)
             batch = feed.take(trainer.step)
             trainer.watch("agree", trainer.step)
-            agreed = agreement.before(feed, batch, stop)
+            try:
+                agreed = agreement.before(feed, batch, stop)
+            except Exception:
+                if agreement.failed:  # for want of data, and all processes stand at the same step
+                    trainer.save(wait=True)
+                raise
             writer.note(agreement.entries)
             if agreed.stop or batch is None:
                 signal = agreed.stop
                 break
             trainer.watch("compile" if batches == 0 else "step", trainer.step)
             batches += 1
-            record = _advance(trainer, batch.to(trainer.device), agreed, start)
+            try:
+                record = _advance(trainer, batch.to(trainer.device), agreed, start)
+            except Diverged:
+                trainer.checkpoints.finish()
+                raise
             if record is None:
                 writer.back()
                 continue
             progress.update(record)
             if trainer.step == config.run.steps:
                 break
-            writer.write(record | _evaluate(trainer, stop))
+            writer.write(record | (_evaluate(trainer, stop) or {}))
             if agreed.save or trainer.due(config.checkpoint.every):
                 trainer.watch("save", trainer.step)
                 trainer.save()
@@ -209,14 +150,15 @@ def _loop(trainer: Trainer, stop: Stop) -> None:
 
 def _finish(trainer: Trainer, stop: Stop) -> None:
     """The last step's evaluation and its line, once its checkpoint is safe: a kill in between only repeats this."""
+    found = _evaluate(trainer, stop)
+    if found is None:
+        raise Stopped(trainer.step, int(trainer.world.most([stop.signal or 0])[0]))
     with Writer(trainer, before_last=True) as writer:
-        writer.write(trainer.record | _evaluate(trainer, stop))
-        if trainer.world.any(bool(stop)):
-            raise Stopped(trainer.step, stop.signal or 0)
+        writer.write(trainer.record | found)
 
 
-def _evaluate(trainer: Trainer, stop: Stop) -> dict[str, float]:
-    """What the callbacks that are due find, each process having done its part; nothing where a signal came."""
+def _evaluate(trainer: Trainer, stop: Stop) -> dict[str, float] | None:
+    """What the callbacks that are due find, each process having done its part; None where a signal came."""
     due = [callback for callback in trainer.callbacks if trainer.due(callback.every)]
     if not due:
         return {}
@@ -230,7 +172,7 @@ def _evaluate(trainer: Trainer, stop: Stop) -> dict[str, float]:
                 part = callback.part(trainer)
             parts = trainer.world.gather(part)
             if any(part is None for part in parts):
-                return {}
+                return None
             found |= callback.whole(trainer, parts)
     if found:
         _say(trainer.world, "  ".join(f"{name} {value:.3f}" for name, value in found.items()))

@@ -85,7 +85,8 @@ def inspect(folder: Path) -> tuple[Manifest | None, str]:
         manifest = _parse((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest.step != step_of(folder):
             return manifest, f"{MANIFEST}: is of step {manifest.step}"
-        extra = sorted({path.name for path in folder.iterdir()} - {*manifest.files, MANIFEST})
+        found = {path.name for path in folder.iterdir() if not path.name.startswith(".nfs")}  # open elsewhere, removed
+        extra = sorted(found - {*manifest.files, MANIFEST})
         if extra:
             return manifest, f"{extra[0]}: is not in the manifest"
         for name, entry in manifest.files.items():
@@ -93,15 +94,13 @@ def inspect(folder: Path) -> tuple[Manifest | None, str]:
                 return manifest, problem
     except FileNotFoundError as error:
         return None, f"{Path(error.filename).name}: is missing"
-    except OSError as error:
-        return None, f"{MANIFEST}: {error.strerror}"
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return None, f"{MANIFEST}: is no manifest ({error})"
     return manifest, ""
 
 
 def damage(folder: Path, name: str, entry: Entry, progress: Callable[[int], object] | None = None) -> str:
-    """What is wrong with one file of a checkpoint, every byte of it read, or ""."""
+    """What is wrong with one file of a checkpoint, every byte of it read, or "". Raises OSError where it cannot be."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(CHUNK, entry.size + 1)))
     try:
         with open(folder / name, "rb", buffering=0) as file:
@@ -109,9 +108,14 @@ def damage(folder: Path, name: str, entry: Entry, progress: Callable[[int], obje
                 digest.update(buffer[:count])
                 if progress:
                     progress(count)
-    except OSError as error:
-        return f"{name}: {error.strerror}"
+    except FileNotFoundError:
+        return f"{name}: is missing"
     return "" if digest.hexdigest() == entry.sha256 else f"{name}: does not match its sha256"
+
+
+def last_step(run: Path) -> int:
+    """Of the checkpoint that was committed last; 0 before the first."""
+    return step_of(Path(name)) if NAME.fullmatch(name := latest(run)) else 0
 
 
 def write_manifest(folder: Path, step: int, world: int, files: Mapping[str, Entry]) -> None:

@@ -10,8 +10,11 @@ from collections.abc import Iterator
 TWICE = 2.0  # seconds: a terminal and torchrun both pass Ctrl-C on, which is one wish
 
 
-class Interrupted(Exception):
-    """A signal came where waiting for the end of the step would take long; what was going on is dropped."""
+class Interrupted(BaseException):
+    """A signal came where waiting for the end of the step would take long; what was going on is dropped.
+
+    As KeyboardInterrupt, no Exception: a decoder would take that for a bad picture.
+    """
 
 
 class Stop:

@@ -26,6 +26,9 @@ def locked(run: Path, world: World) -> Iterator[None]:
             except BlockingIOError:
                 problem = f"run.dir = {run}: another process is training there; choose another folder"
                 raise ConfigError(problem) from None
+            except OSError as error:
+                problem = f"run.dir = {run}: its file system keeps no locks ({error.strerror}); mount it with flock"
+                raise ConfigError(problem) from None
 
         world.lead(hold)
         yield

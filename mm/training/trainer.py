@@ -21,7 +21,6 @@ from mm.distributed.device import autocast
 from mm.distributed.parallelize import Parallel
 from mm.distributed.world import World
 from mm.models.export import save_export
-from mm.nn.sharded import own_part
 from mm.objectives.step import TrainStep
 from mm.settings import difference, from_dict, to_dict
 from mm.training.checkpoint import Checkpoints, SaveFailed
@@ -29,6 +28,7 @@ from mm.training.ema import Ema
 from mm.training.faults import fault
 from mm.training.health import Health
 from mm.training.optim import Optimizers
+from mm.training.progress import say
 from mm.types import Batch, Loss
 
 _FAULTS = {"nan": math.nan, "spike": 1e3}  # what a fault of that name multiplies one process' loss with
@@ -164,19 +164,13 @@ class Trainer:
         return found | {f"optim/{name}": tensor for name, tensor in self.optimizers.state().items()}
 
     def bytes(self) -> int:
-        """Of a checkpoint, at most: every process' own part of parameters, averages and two moments, and the export."""
-        parts = [own_part(p).nbytes for p in self.step_module.parameters()]
-        return sum(parts) * (5 if self.world.main or self.config.parallel.strategy != "ddp" else 0)
+        """Of a checkpoint, at most: parameters, averages, two moments, and the export."""
+        return 5 * sum(p.numel() * p.element_size() for p in self.step_module.parameters())
 
     def save(self, wait: bool = False) -> None:
         """Begin a checkpoint of this step, with the export of the averaged weights; `wait` until it is whole."""
-        last = self._settle()
-        if self.saved == self.step and last is None:
+        if self._settled(wait) and self.saved == self.step:
             return
-        if last is not None:
-            self.failures += 1
-            if self.failures > 1:
-                raise last
         copies = {}
         for name, tensor in self.ema.export():  # gathered one by one: all together may not fit on a device
             if self.world.main:
@@ -198,23 +192,37 @@ class Trainer:
             "config": to_dict(self.config),
         }
         self.saved = self.step
-        self.checkpoints.save(self.step, self.tensors(), scalars, export, wait=wait)
+        try:
+            self.checkpoints.save(self.step, self.tensors(), scalars, export, wait=wait)
+        except SaveFailed as error:
+            self._failed(error, wait)
 
-    def _settle(self) -> SaveFailed | None:
-        """Wait for the save that is running; why it failed, if it did: one failure is survived, not two in a row."""
+    def _settled(self, last: bool = False) -> bool:
+        """Wait for the save that is running; whether it worked. One failure is survived, two in a row raise SaveFailed.
+
+        Before the `last` save even that is only told: there may be room by now.
+        """
         try:
             self.checkpoints.finish()
         except SaveFailed as error:
-            return error
+            self._failed(error, self.failures > 0 and not last)
+            return False
         self.failures = 0
-        return None
+        return True
+
+    def _failed(self, error: SaveFailed, fatal: bool) -> None:
+        self.failures += 1
+        if fatal:
+            raise error
+        if self.world.main:
+            say(f"{error}; trying again at the next")
 
     def restore(self) -> bool:
         """Continue from the newest good checkpoint, if there is one.
 
         Raises ConfigError where that was made with another config or tokenizer.
         """
-        self.checkpoints.finish()
+        self._settled(last=True)
         found = self.checkpoints.newest()
         if found is None:
             return False

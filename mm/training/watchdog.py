@@ -26,7 +26,7 @@ from mm.training.blame import Sign, advice, culprits, frames_of, here, verdict
 from mm.training.logs import dump_flight_recorder, folder
 
 STALLED = 75  # the exit code: a failure that may pass, EX_TEMPFAIL of sysexits.h
-PATIENT = {"start": 5.0, "compile": 5.0}  # phases that may take so many times longer
+PATIENT = {"start": 5.0, "compile": 5.0, "evaluate": 5.0, "save": 5.0}  # phases that may take so many times longer
 BEAT = 5.0  # seconds between two signs of life, at most
 GONE = 60.0  # seconds without progress after which a store that is gone ends the run
 EVENTS = 200  # changes of phase that are remembered

@@ -1,0 +1,86 @@
+"""What comes before the first step, of a new run or of one that is resumed: tokenizer, model, data, parallelism."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mm.config import TrainConfig
+from mm.data.buckets import aspect_shapes
+from mm.data.loader import Loader
+from mm.data.sources import Access, corpus
+from mm.distributed.device import pick_device
+from mm.distributed.parallelize import parallelize
+from mm.distributed.world import World
+from mm.objectives.step import TrainStep, build_step
+from mm.training import run_folder
+from mm.training.calibrate import count_flops, warm_up
+from mm.training.metrics import matrix_rate
+from mm.training.progress import say
+from mm.training.trainer import Callback, Trainer
+
+
+def prepare(config: TrainConfig, callbacks: Sequence[Callback], world: World) -> Trainer:
+    """A trainer before its first step. Raises ConfigError for a folder of another run."""
+    folder, data = Path(config.run.dir), config.data
+    if world.lead(lambda: run_folder.saved_config(folder)) is not None:
+        world.lead(lambda: run_folder.claim(folder, config))  # refuse another run's folder before anything is built
+    device = pick_device(config.parallel)
+    access = Access(data.fetch_gb, data.stall_seconds)
+    tokenizer = world.in_turn(
+        lambda: run_folder.tokenizer_of(folder, config, lambda: corpus(data.train, data.caption, access))
+    )
+    torch.manual_seed(config.run.seed)
+    step_module = build_step(config, tokenizer).to(device)
+    loader = world.in_turn(lambda: _loader(config, step_module, world, device))
+    flops, unused = count_flops(step_module, loader, config, device)
+    parallel = parallelize(step_module, config.parallel, world, device, unused)
+    trainer = Trainer(config, parallel, loader, device, world, callbacks, flops=flops)
+    trainer.peak = matrix_rate(device, torch.float32 if config.parallel.precision == "fp32" else torch.bfloat16)
+    parameters = sum(p.numel() for p in step_module.parameters())
+    lines = [
+        f"{parameters / 1e6:.1f} M parameters, {tokenizer.vocab_size} text tokens, {loader.samples} samples, "
+        f"{flops * world.size / 1e9:.0f} GFLOP a step; this machine: {trainer.peak / 1e9:.0f} GFLOP/s "
+        f"in {config.parallel.precision} matrix products on {device.type}",
+        *parallel.said,
+    ]
+    for line in lines if world.main else []:
+        say(line)
+    if parallel.wrapper is not None:
+        warm_up(trainer)
+    return trainer
+
+
+def _loader(config: TrainConfig, step_module: TrainStep, world: World, device: torch.device) -> Loader:
+    data = config.data
+    return Loader(
+        data.train,
+        step_module.model.processors(train=True),
+        batch_size=data.batch_size,
+        seed=config.run.seed,
+        train=True,
+        workers=data.workers,
+        rank=world.rank,
+        world=world.size,
+        shuffle_block=data.shuffle_block,
+        caption=data.caption,
+        weights=data.weights,
+        buckets=data.buckets,
+        shapes=_shapes(config) if data.buckets == "aspect" else (),
+        max_error_rate=data.max_error_rate,
+        max_consecutive_errors=data.max_consecutive_errors,
+        buffer_mb=data.buffer_mb,
+        cache_mb=data.cache_mb,
+        fetch_gb=data.fetch_gb,
+        stall_seconds=data.stall_seconds,
+        ahead=device.type != "cpu",
+    )
+
+
+def _shapes(config: TrainConfig) -> list[tuple[int, int]]:
+    """The picture shapes of aspect buckets: sides that both the vision encoder and the denoiser can cut in patches."""
+    image, denoiser = config.model.image, config.model.denoiser
+    return aspect_shapes(image.size, math.lcm(image.patch, denoiser.patch if denoiser else 1), config.data.shapes)

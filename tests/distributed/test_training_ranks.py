@@ -1,0 +1,250 @@
+"""Training in 1, 2 and 4 gloo processes is one and the same run; test_training_ranks_slow.py has the long form.
+
+Float32 sums in another order are what differs. Adam divides each gradient by its own size, so that entries that are
+almost zero move by noise: single small tensors differ more than all weights together, which TOLERANCE is about.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Trained, apart, distance, orders
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mm import config as settings
+from mm.adapters.text import train_tokenizer
+from mm.data.build import openmoji
+from mm.distributed.parallelize import parallelize
+from mm.distributed.world import World
+from mm.objectives.step import build_step
+from mm.types import Batch
+from runs import latest, records, same
+
+pytestmark = pytest.mark.timeout(120)
+STEPS = 6
+TOLERANCE = 1e-5  # relative, of the loss and gradient norm of every step and of all weights at the end
+FSDP = ("--parallel.strategy", "fsdp")
+HYBRID = ("--parallel.strategy", "hybrid", "--parallel.shard", "2")
+ALL = (  # every objective, over two levels of noise each for half of the samples
+    *"--objectives.contrastive.kind sigmoid --objectives.diffusion.share 0.5 --objectives.diffusion.copies 2".split(),
+    *"--objectives.align default --objectives.align.warmup 2".split(),
+)
+MUON = ("--optim.name", "muon")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    shards = tmp_path_factory.mktemp("shards")
+    openmoji(shards, size=32, per_shard=64, progress=False, limit=150)
+    trained = Trained(shards, tmp_path_factory.mktemp("runs"), STEPS)
+    yield trained
+    trained.close()
+
+
+def follows(run: Path, one: Path, tolerance: float = TOLERANCE) -> None:
+    assert orders(run) == orders(one)
+    for name in ("loss", "grad_norm"):
+        assert apart(one, run, name) < tolerance, name
+    assert distance(one, run) < tolerance
+
+
+def held(run: Path) -> list[float]:
+    """The share of all parameters, averages and moments that lies in each process."""
+    last = records(run)[-1]
+    return [own / last["all"] for name, own in sorted(last.items()) if name.startswith("own/")]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_with_whole_copies_follow_one(trained: Trained, processes: int) -> None:
+    run = trained(processes)
+    follows(run, trained(1))
+    assert held(run) == [1.0] * processes
+
+
+@pytest.mark.parametrize("processes, flags", [(2, FSDP), (4, HYBRID)], ids=["fsdp-2", "hybrid-2x2"])
+def test_processes_with_shards_follow_one(trained: Trained, processes: int, flags: tuple[str, ...]) -> None:
+    run = trained(processes, *flags)
+    follows(run, trained(1))
+    assert held(run) == pytest.approx([0.5] * processes, rel=1e-4)  # sides that two do not divide are not shared evenly
+    assert sum(held(run)) == processes / 2, "nothing is left out, nothing is held twice"
+
+
+@pytest.mark.parametrize("flags", [(), FSDP], ids=["ddp", "fsdp"])
+def test_every_objective_in_micro_batches_follows_one_process_without(trained: Trained, flags: tuple[str, ...]) -> None:
+    follows(trained(2, *ALL, "--optim.accumulate", "2", *flags), trained(1, *ALL))
+
+
+def test_muon_follows_one_process(trained: Trained) -> None:
+    """It makes its updates in bfloat16 (torch.optim.Muon), where a sum in another order may round to the next number,
+    0.4 % away: so much of an update, and less of the weights."""
+    run, one = trained(2, *MUON), trained(1, *MUON)
+    assert orders(run) == orders(one)
+    assert apart(one, run, "loss") < 4e-4 and distance(one, run) < 1e-3
+    assert distance(one, trained(1)) > 5e-3, "AdamW does something else"
+
+
+def test_weights_gathered_in_bfloat16_stay_close(trained: Trained) -> None:
+    """As close as bfloat16 allows, whose numbers are 0.4 % to 0.8 % apart; the shards themselves are float32."""
+    run, one = trained(2, *FSDP, "--parallel.precision", "bf16_params"), trained(1)
+    assert orders(run) == orders(one)
+    assert 1e-5 < apart(one, run, "loss") < 8e-3 and distance(one, run) < 4e-3
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputation_changes_no_bit(trained: Trained, how: str) -> None:
+    assert same(trained(1, "--parallel.activation_checkpointing", how), trained(1))
+
+
+@pytest.mark.parametrize("flags", [(), FSDP], ids=["ddp", "fsdp"])
+def test_evaluation_over_processes_finds_and_draws_the_same(
+    trained: Trained, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    val = ("--data.val", f"{trained.shards}/train-000000.tar")  # more than val has: top1 can differ in its second digit
+    one, run = trained(1, *val), tmp_path / "run"
+    shutil.copytree(one, run)
+    shutil.rmtree(run / "samples")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # as a kill before the evaluation leaves it
+    assert trained.start(2, run, *val, *flags) == [f"finished {STEPS}"] * 2
+    assert records(run)[-1]["val/top1"] == records(one)[-1]["val/top1"] > 0
+    picture = f"samples/step-{STEPS:08d}.png"
+    assert (run / picture).read_bytes() == (one / picture).read_bytes()
+
+
+def in_turn(trained: Trained, run: Path, *turns: tuple[int, tuple[str, ...]]) -> Path:
+    """A run that is stopped after each second step, to go on with other processes or flags."""
+    for number, (processes, flags) in enumerate(turns, 1):
+        step = STEPS if number == len(turns) else 2 * number
+        variables = {} if step == STEPS else {"MM_FAULT": f"term:step@step={step},rank={processes - 1}"}
+        ended = trained.start(processes, run, *flags, **variables)
+        stopped = f"Stopped: stopped by signal 15 after step {step}; start again to go on"
+        assert ended == [f"finished {STEPS}" if step == STEPS else stopped] * processes
+        assert latest(run) == step
+    return run
+
+
+def test_the_number_of_processes_may_change(trained: Trained, tmp_path: Path) -> None:
+    follows(in_turn(trained, tmp_path / "run", (1, ()), (2, ()), (1, ())), trained(1))
+
+
+def test_the_strategy_may_change(trained: Trained, tmp_path: Path) -> None:
+    follows(in_turn(trained, tmp_path / "run", (2, ()), (2, FSDP), (2, ())), trained(1))
+
+
+def test_a_stopped_run_ends_with_the_same_bits(trained: Trained, tmp_path: Path) -> None:
+    run = in_turn(trained, tmp_path / "run", (2, ()), (2, ()))
+    assert same(run, trained(2)) and orders(run) == orders(trained(2))
+
+
+def test_looking_at_shards_on_the_way_changes_nothing(trained: Trained, tmp_path: Path) -> None:
+    """Evaluation gathers all weights, diagnosis walks the graph several times: afterwards all is as before."""
+    looks = ("--run.eval_every", "2", "--run.sample_every", "3", "--run.diagnose_every", "2")
+    run = trained(2, *FSDP, *looks, "--data.val", f"{trained.shards}/val-*.tar")
+    assert ["val/top1" in line for line in records(run)] == [False, True] * 3
+    assert ["cosine/image/contrastive-diffusion" in line for line in records(run)] == [True, False] * 3
+    assert same(run, trained(2, *FSDP))
+
+
+BAD = {"MM_FAULT": "nan:step@step=4,rank=1"}
+
+
+def events(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "health.jsonl").read_text().splitlines()]
+
+
+def test_all_stop_for_a_bad_number_in_one_process_and_name_its_samples(trained: Trained, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ended = trained.start(2, run, "--health.nonfinite", "stop", **BAD)
+    assert ended[0] == ended[1] and ended[0].startswith("Diverged: step 4: loss = nan")
+    (event,) = events(run)
+    assert (event["step"], event["action"]) == (4, "stop")
+    assert len(event["samples"]) == 8 and {sample["rank"] for sample in event["samples"]} == {1}
+    for sample in event["samples"]:
+        with tarfile.open(sample["shard"]) as shard:
+            assert f"{sample['key']}.png" in shard.getnames()
+        assert sample["key"] in ended[0] or sample in event["samples"][6:]
+
+
+def test_all_skip_or_go_back_for_a_bad_number_in_one_process(trained: Trained, tmp_path: Path) -> None:
+    """And both come to the same weights: the step changes nothing, and the schedule moves on."""
+    made = {}
+    for action in ("skip", "rewind"):
+        run = made[action] = tmp_path / action
+        ended = trained.start(2, run, "--health.nonfinite", action, "--checkpoint.every", "2", **BAD)
+        assert ended == [f"finished {STEPS}"] * 2
+        (event,) = events(run)
+        assert (event["step"], event["action"]) == (4, action)
+        assert {sample["rank"] for sample in event["samples"]} == {1}
+        lines = records(run)
+        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        assert [line.get("left_out", 0.0) for line in lines] == [0, 0, 0, 1, 0, 0]
+        assert orders(run) == orders(trained(1))
+    assert same(made["skip"], made["rewind"])
+    assert not same(made["skip"], trained(2))
+
+
+@pytest.mark.parametrize("action", ["skip", "rewind"])
+def test_skips_and_rewinds_are_bounded(trained: Trained, tmp_path: Path, action: str) -> None:
+    run, faults = tmp_path / "run", "nan:step@step=2,rank=0;nan:step@step=4,rank=1"
+    ended = trained.start(2, run, "--health.nonfinite", action, "--health.most", "1", MM_FAULT=faults)
+    assert ended[0] == ended[1] and ended[0].startswith("Diverged: step 4: ")
+    assert "the 1 that health.most allows are used up" in ended[0]
+    assert [event["action"] for event in events(run)] == [action, "stop"]
+
+
+def test_an_error_in_the_data_of_one_process_stops_all(trained: Trained, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ended = trained.start(2, run, "--checkpoint.every", "2", MM_FAULT="error:data@step=4,rank=1")
+    what = "[Errno 5] Input/output error: '(data, on purpose)'"
+    assert ended == [f"ConfigError: process 1: {what}", f"OSError: {what}"]
+    assert trained.start(2, run) == [f"finished {STEPS}"] * 2
+    assert same(run, trained(2))
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(trained: Trained, tmp_path: Path) -> None:
+    ended = trained.start(4, tmp_path / "run", "--data.batch-size", "18")
+    assert ended == ["ConfigError: data.batch_size = 18: must be a multiple of 4 processes = 4; try 16 or 20"] * 4
+    assert not (tmp_path / "run").exists()
+
+
+class Counted(TorchDispatchMode):
+    """How often each collective is called inside, by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if operation.namespace == "c10d":
+            self.calls[operation.overloadpacket.__name__] += 1
+        return operation(*arguments, **(named or {}))
+
+
+def exchanged(world: World, flags: tuple[str, ...], accumulate: int) -> Counter[str]:
+    """The collectives of one step's forward and backward."""
+    config = settings.override(settings.load("configs/debug.py"), flags)
+    torch.manual_seed(0)
+    step = build_step(config, train_tokenizer(["red heart", "cat"], 300))
+    parallel = parallelize(step, config.parallel, world, torch.device("cpu"), False)
+    pictures, text = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.randint(3, 200, (8, 6))
+    keys = [str(number) for number in range(8)]
+    batch = Batch({"image": pictures, "text": text}, {"text": torch.full((8,), 6)}, torch.arange(8), keys)
+    for _ in range(2):  # DDP lays out its buckets after the first
+        with Counted() as counted:
+            step.backward(batch, accumulate, call=parallel.forward, sync=parallel.sync)
+    return counted.calls
+
+
+@pytest.mark.parametrize("flags, sums", [((), "allreduce_"), (FSDP, "_reduce_scatter_base_")], ids=["ddp", "fsdp"])
+def test_micro_batches_exchange_gradients_once(trained: Trained, flags: tuple[str, ...], sums: str) -> None:
+    once, often = (trained.team(2)(exchanged, flags, accumulate)[0] for accumulate in (1, 4))
+    assert once[sums] == often[sums] > 0
+    assert set(once) == set(often), "nothing is summed by another name"
