@@ -56,6 +56,7 @@ def chaos(argv: Sequence[str]) -> int:
     rows = suite_run.run(suite, wanted, told)
     found = table.result(rows, time.monotonic() - begun)
     (suite.out / "chaos.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (suite.out / "chaos.md").write_text(table.markdown(found), encoding="utf-8")
     print(json.dumps(found) if args.json else table.text(rows))
     return int(found["failed"] > 0)
 

@@ -105,9 +105,10 @@ def _goes_around(damage: Damage, stage: Stage) -> Finding:
     missed = set(lost) - {entry["key"] for entry in entries}
     if missed or not entries:
         raise Wrong(f"ledger.jsonl names {len(lost) - len(missed)} of {len(lost)} samples; {entries[:2]}")
-    told = next(entry for entry in entries if entry["key"] in lost or not lost)
-    more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-    seen = f"ledger.jsonl: {shard.name}: {told['key']}{more}: {told['reason']}".replace(": : ", ": ")
+    about = [entry for entry in entries if not entry["key"] and "index is older" not in entry["reason"]]
+    told = [*about, *(entry for entry in entries if entry["key"] in lost), *entries][0]
+    what = told["key"] or (f"{len(lost)} samples" if lost else "nothing lost")
+    seen = f"ledger.jsonl: {shard.name}: {what}: {told['reason']}"
     if not lost:
         stage.ends_like(stage.suite.kept("whole-shards", 1, _undamaged))
         return Finding(seen, NOTHING_LOST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -199,6 +200,7 @@ def prepare(path: str, overrides: Sequence[str], out: Path, processes: int, say:
     short: Mapping[str, Any] = {
         "run.steps": 3 * EVERY, "run.log_every": 1, "run.eval_every": 0, "run.sample_every": 0, "run.tracker": "none",
         "data.val": "", "checkpoint.every": EVERY, "checkpoint.minutes": 0.0, "checkpoint.keep": 3,
+        "parallel.threads": max(1, len(os.sched_getaffinity(0)) // processes),  # one process computes as each of many
     }  # fmt: skip
     flags = [*(f"--{name}={value}" for name, value in short.items()), *overrides]
     config = settings.override(settings.load(path), flags)

@@ -14,7 +14,7 @@ from typing import Any
 
 from mm.chaos.suite import Finding, Scenario
 
-WIDTH = 100  # characters of a line that was seen
+WIDTH = 120  # characters of a line that was seen
 
 
 @dataclass(frozen=True)
