@@ -143,7 +143,7 @@ def small_demo(root: Path, openmoji_shards: Path, tmp_path: Path, monkeypatch: p
     (tmp_path / "small.py").write_text(text.replace("compile=False", "compile=False, threads=1"), encoding="utf-8")
     monkeypatch.setattr(demo, "config_file", lambda: tmp_path / "small.py")
     monkeypatch.setattr("mm.evaluation.run.evaluate", partial(evaluate, limit=4, steps=2, progress=False))
-    for name in ("mm.training.loop.matrix_rate", "mm.training.metrics.matrix_rate"):
+    for name in ("mm.training.prepare.matrix_rate", "mm.training.metrics.matrix_rate"):
         monkeypatch.setattr(name, lambda *_: 1e11)
     shutil.copytree(openmoji_shards, tmp_path / "demo" / "shards")
     return tmp_path / "demo"
