@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from ranks import Trained
 
 from mm.data.build import openmoji
+from ranks import Trained
 
 
 @pytest.fixture(scope="package")

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from saves import BEFORE, checkpoints, content, names, same, save, state, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +23,7 @@ from mm.config import ConfigError
 from mm.distributed.world import World
 from mm.training import staging
 from mm.training.checkpoint import SaveFailed
+from saves import BEFORE, checkpoints, content, names, same, save, state, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 WAIT = timedelta(seconds=60)

@@ -7,9 +7,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from ranks import STEPS, Trained, orders, training
 
 from mm.distributed.world import World
+from ranks import STEPS, Trained, orders, training
 from runs import records, same
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]

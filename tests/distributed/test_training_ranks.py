@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import STEPS, Trained, apart, distance, orders
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm import config as settings
@@ -22,6 +21,7 @@ from mm.distributed.parallelize import parallelize
 from mm.distributed.world import World
 from mm.objectives.step import build_step
 from mm.types import Batch
+from ranks import STEPS, Trained, apart, distance, orders
 from runs import latest, records, same
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]

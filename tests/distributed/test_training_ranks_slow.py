@@ -10,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ranks import Trained, apart, distance, orders
 from test_training_ranks import ALL, FSDP, HYBRID, MUON, follows, held, in_turn
 
+from ranks import Trained, apart, distance, orders
 from runs import same
 
 pytestmark = [

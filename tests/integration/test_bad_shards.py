@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tars import END, header, member, members, png, sample, write
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch.multiprocessing
 from PIL import Image
-from servers import Fault, http_server, s3_server, s3_upload
 
 from mm.adapters.image import ImageProcessor
 from mm.data.indexing import index
 from mm.data.loader import Loader
 from mm.data.order import order_hash
+from servers import Fault, http_server, s3_server, s3_upload
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 10

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Team
 
 from mm.config import ConfigError
 from mm.data.index import Entry
@@ -20,6 +19,7 @@ from mm.distributed.world import World
 from mm.training.agreement import Agreement, Feed
 from mm.training.preemption import Stop
 from mm.types import Batch
+from ranks import Team
 
 
 class Batches:

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import saves
 
+import saves
 from mm.chaos import judge, shards, storage, table
 from mm.chaos import run as suite_run
 from mm.chaos.launch import Outcome, Wrong

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from saves import BEFORE, POINTS, checkpoints, content, names, save, state, whole
 
 from mm.config import ConfigError
 from mm.data.index import Entry
 from mm.training import manifest, writing
 from mm.training.checkpoint import SaveFailed, preflight
 from mm.training.metrics import LedgerFile
+from saves import BEFORE, POINTS, checkpoints, content, names, save, state, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from saves import save
 
 from mm.cli import main
+from saves import save
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 Run = Callable[..., subprocess.CompletedProcess[str]]

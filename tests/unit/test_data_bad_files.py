@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tars import END, png, sample
 
 from mm.config import ConfigError
 from mm.data import indexing, sidecar
 from mm.data.index import ShardIndex
 from mm.data.reader import Reader
 from mm.data.shards import expand
+from tars import END, png, sample
 
 pytestmark = pytest.mark.timeout(20, method="thread")  # no signal wakes a thread that waits for a pipe
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tars import EIGHT_EIB, END, header, long, member, pax, png, sample
 
 from mm.adapters.image import ImageProcessor
 from mm.config import ConfigError
@@ -25,6 +24,7 @@ from mm.data.index import ShardIndex
 from mm.data.loader import Loader
 from mm.data.reader import Reader
 from mm.data.shards import expand
+from tars import EIGHT_EIB, END, header, long, member, pax, png, sample
 
 pytestmark = pytest.mark.timeout(20)
 

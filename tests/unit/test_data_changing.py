@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tars import SAMPLES, members, write
 from torch import Tensor
 
 from mm.adapters.base import Processor
 from mm.config import ConfigError
 from mm.data.indexing import index
 from mm.data.loader import Loader
+from tars import SAMPLES, members, write
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tars import END, sample
 
 from mm.config import ConfigError
 from mm.data.index import ShardIndex
 from mm.data.indexing import index, verify
 from mm.data.loader import Loader
 from mm.data.shards import expand
+from tars import END, sample
 
 pytestmark = pytest.mark.timeout(60)
 

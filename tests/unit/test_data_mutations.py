@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tars import long, member, pax, png, sample
 
 from mm.config import ConfigError
 from mm.data import sidecar, tar
@@ -16,6 +15,7 @@ from mm.data.decode import Picture
 from mm.data.index import ShardIndex
 from mm.data.reader import Reader
 from mm.data.table import Shard, build, same_samples
+from tars import long, member, pax, png, sample
 
 pytestmark = pytest.mark.timeout(60)
 VALID = b"".join(sample(f"s{n}", n) for n in range(3)) + member("s3.png", png(3)) + long(b"l/" * 90 + b"s4.txt\0")

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from servers import Fault, HttpServer, http_server, s3_environment, s3_server, s3_upload
 
 from mm.config import ConfigError
 from mm.data import remote, transport
 from mm.data.remote import Facts, Options, Unavailable
+from servers import Fault, HttpServer, http_server, s3_environment, s3_server, s3_upload
 
 SIZE = 700_001  # several pieces, none of them whole
 DATA = random.Random(0).randbytes(SIZE)

@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from servers import Fault, HttpServer, http_server, s3_server, s3_upload
 
 from mm.data import remote, shard_cache
 from mm.data.remote import Facts, Options, Unavailable
 from mm.data.shard_cache import ShardCache
+from servers import Fault, HttpServer, http_server, s3_server, s3_upload
 
 SIZE = 300_000
 NAMES = [f"{letter}.tar" for letter in "abcd"]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from servers import http_server
 
 from mm.config import ConfigError
 from mm.data import sidecar
@@ -18,6 +17,7 @@ from mm.data import stats as module
 from mm.data.stats import stats
 from mm.data.stats_table import table
 from mm.evaluation.shard_chart import draw
+from servers import http_server
 
 pytestmark = pytest.mark.timeout(60)
 

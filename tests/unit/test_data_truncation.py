@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tars import SAMPLES, members, write
 
 from mm.data import indexing
 from mm.data.index import ShardIndex
 from mm.data.reader import Reader
+from tars import SAMPLES, members, write
 
 CUTS = 200
 pytestmark = pytest.mark.timeout(60)
