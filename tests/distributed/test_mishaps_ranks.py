@@ -33,6 +33,7 @@ def test_all_stop_for_a_bad_number_in_one_process_and_name_its_samples(trained: 
         assert sample["key"] in ended[0] or sample in event["samples"][6:]
 
 
+@pytest.mark.slow
 def test_all_skip_or_go_back_for_a_bad_number_in_one_process(trained: Trained, tmp_path: Path) -> None:
     """And both come to the same weights: the step changes nothing, and the schedule moves on."""
     made = {}

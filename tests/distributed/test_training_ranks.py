@@ -68,6 +68,7 @@ def test_every_objective_in_micro_batches_follows_one_process_without(trained: T
     follows(trained(2, *ALL, "--optim.accumulate", "2", *flags), trained(1, *ALL))
 
 
+@pytest.mark.slow
 def test_muon_follows_one_process(trained: Trained) -> None:
     """It makes its updates in bfloat16 (torch.optim.Muon), where a sum in another order may round to the next number,
     0.4 % away: so much of an update, and less of the weights."""
@@ -121,6 +122,7 @@ def test_the_number_of_processes_may_change(trained: Trained, tmp_path: Path) ->
     follows(in_turn(trained, tmp_path / "run", (1, ()), (2, ()), (1, ())), trained(1))
 
 
+@pytest.mark.slow
 def test_the_strategy_may_change(trained: Trained, tmp_path: Path) -> None:
     follows(in_turn(trained, tmp_path / "run", (2, ()), (2, FSDP), (2, ())), trained(1))
 
@@ -130,6 +132,7 @@ def test_a_stopped_run_ends_with_the_same_bits(trained: Trained, tmp_path: Path)
     assert same(run, trained(2)) and orders(run) == orders(trained(2))
 
 
+@pytest.mark.slow
 def test_looking_at_shards_on_the_way_changes_nothing(trained: Trained, tmp_path: Path) -> None:
     """Evaluation gathers all weights, diagnosis walks the graph several times: afterwards all is as before."""
     looks = ("--run.eval_every", "2", "--run.sample_every", "3", "--run.diagnose_every", "2")
