@@ -29,6 +29,7 @@ STALLED = 75  # the exit code: a failure that may pass, EX_TEMPFAIL of sysexits.
 PATIENT = {"start": 5.0, "compile": 5.0, "evaluate": 5.0, "save": 5.0}  # phases that may take so many times longer
 BEAT = 5.0  # seconds between two signs of life, at most
 GONE = 60.0  # seconds without progress after which a store that is gone ends the run
+SILENT = 6  # signs of life that are due before a process that sends none is no longer waited for with patience
 EVENTS = 200  # changes of phase that are remembered
 
 T = TypeVar("T")
@@ -107,6 +108,7 @@ class Watchdog:
     def _watch(self) -> None:
         tick = min(1.0, self.stall_seconds / 10)
         quiet, seen, allowed, last = 0.0, -1, 0.0, time.monotonic()
+        heard: dict[int, tuple[Sign, float]] = {}
         while not self._alarm.wait(tick):
             if self._over.is_set():
                 return
@@ -119,11 +121,24 @@ class Watchdog:
             if self._lost and quiet > min(allowed, GONE):
                 break
             if quiet > allowed:
-                others = _within(self.beat, self._signs) if self.store is not None else None
-                allowed = max([allowed, *(self._allowed(other.phase) for other in (others or {}).values())])
+                allowed = min(self._allowed_to_others(heard), quiet + self.beat)  # and then asks again
                 if quiet > allowed:
                     break
         self._end()
+
+    def _allowed_to_others(self, heard: dict[int, tuple[Sign, float]]) -> float:
+        """The longest that a living process' phase may take; `heard` keeps each one's newest sign and when it came.
+
+        A process that is stopped sends none: its last, from a phase that may take long, must not hold back the rest.
+        """
+        signs = _within(self.beat, self._signs) if self.store is not None else None
+        longest, now = 0.0, time.monotonic()
+        for rank, sign in (signs or {}).items():
+            if rank not in heard or heard[rank][0] != sign:
+                heard[rank] = sign, now
+            if now - heard[rank][1] < SILENT * self.beat:
+                longest = max(longest, self._allowed(sign.phase))
+        return longest
 
     def _allowed(self, phase: str) -> float:
         return self.stall_seconds * PATIENT.get(phase, 1.0)

@@ -118,11 +118,21 @@ def test_a_compilation_may_take_five_times_as_long(tmp_path: Path, ended: thread
 
 def test_who_waits_for_another_ones_compilation_is_as_patient(tmp_path: Path, ended: threading.Event) -> None:
     store = dist.HashStore()
+    with Watchdog(tmp_path, World(0, 2), 0.6, store=store) as dog:
+        dog.at("forward", 0)
+        for tenth in range(25):
+            store.set("sign/1", signs(r1={"phase": "compile", "seconds": tenth / 10})[1].to_json())
+            assert not ended.wait(0.1)
+        assert ended.wait(10)
+
+
+def test_who_waits_for_one_that_was_stopped_while_it_compiled_is_not(tmp_path: Path, ended: threading.Event) -> None:
+    store = dist.HashStore()
     store.set("sign/1", signs(r1={"phase": "compile"})[1].to_json())
     with Watchdog(tmp_path, World(0, 2), 0.6, store=store) as dog:
         dog.at("forward", 0)
-        assert not ended.wait(1.8)
-        assert ended.wait(10)
+        assert not ended.wait(1.0), "a sign or two may be late"
+        assert ended.wait(1.4), "0.6 s and six signs, not five times 0.6 s"
 
 
 def test_a_stall_elsewhere_is_heard_of(tmp_path: Path, ended: threading.Event) -> None:
