@@ -154,12 +154,15 @@ class Trained:
 
 
 def distance(one: Path, other: Path) -> float:
-    """Of the weights of two runs, all of them as one vector: the length of the difference over the length."""
+    """Of two runs' weights, as one vector: the length of the difference over that of the first; or of their averages."""
     a, b = state(one), state(other)
-    names = [name for name in a if name.startswith("model/") and a[name].is_floating_point()]
-    assert names and all(name in b for name in names)
-    ours, theirs = (torch.cat([tensors[name].flatten().double() for name in names]) for tensors in (a, b))
-    return float((ours - theirs).norm() / ours.norm())
+    found = []
+    for kind in ("model/", "ema/"):
+        names = [name for name in a if name.startswith(kind) and a[name].is_floating_point()]
+        assert names and all(name in b for name in names)
+        ours, theirs = (torch.cat([tensors[name].flatten().double() for name in names]) for tensors in (a, b))
+        found.append(float((ours - theirs).norm() / ours.norm()))
+    return max(found)
 
 
 def apart(one: Path, other: Path, name: str) -> float:

@@ -31,6 +31,7 @@ def chaos(out: Path, *flags: str, **variables: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # as in a terminal
     )
 
 
@@ -50,13 +51,13 @@ def finished(out: Path, *flags: str, limit: float) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(150)
-def test_a_killed_save_and_a_bad_shard_in_the_quick_form(tmp_path: Path) -> None:
-    faults = "kill-save.hashed-rank0,shard-over-limit"
-    found = finished(tmp_path / "out", "--faults", faults, "--processes", "1", "--parallel.threads", "1", limit=140)
-    killed, shard = found["faults"]
+def test_a_killed_save_in_the_quick_form(tmp_path: Path) -> None:
+    flags = ("--faults", "kill-save.hashed-rank0", "--processes", "1", "--parallel.threads", "1")
+    found = finished(tmp_path / "out", *flags, limit=140)
+    (killed,) = found["faults"]
     assert found["failed"] == 0, found
     assert killed["resumed_from"] == 4 and "-9" in killed["seen"]
-    assert "data.max_error_rate" in shard["seen"] and str(tmp_path) not in json.dumps(found)
+    assert str(tmp_path) not in json.dumps(found)
     assert not (tmp_path / "out/kill-save.hashed-rank0/run").exists()
 
 

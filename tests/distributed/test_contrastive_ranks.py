@@ -70,7 +70,7 @@ class Process:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_together_equal_one(world: int, tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(Process(world, tmp_path), nprocs=world, start_method="spawn")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]

@@ -59,7 +59,7 @@ def test_recomputation_of_shards_changes_no_bit(trained: Trained, how: str) -> N
     assert same(trained(2, *FSDP, "--parallel.activation_checkpointing", how), trained(2, *FSDP))
 
 
-@pytest.mark.parametrize("processes, flags", [(2, FSDP), (4, HYBRID)], ids=["fsdp-2", "hybrid-2x2"])
+@pytest.mark.parametrize("processes, flags", [(2, FSDP), (4, HYBRID), (4, ())], ids=["fsdp-2", "hybrid-2x2", "ddp-4"])
 def test_stopped_shards_end_with_the_same_bits(
     trained: Trained, tmp_path: Path, processes: int, flags: tuple[str, ...]
 ) -> None:

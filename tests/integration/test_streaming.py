@@ -92,6 +92,7 @@ def mixed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return train(tmp_path_factory.mktemp("runs") / "whole", f"{data}/a-*.tar::{data}/b-*.tar", *MIXED)
 
 
+@pytest.mark.slow
 def test_a_mixture_that_is_killed_and_resumed_with_other_workers_sees_the_same(
     data: Path, mixed: list[dict], tmp_path: Path
 ) -> None:
@@ -109,7 +110,7 @@ def test_a_mixture_that_is_killed_and_resumed_with_other_workers_sees_the_same(
     assert [line["loss"] for line in resumed] == [line["loss"] for line in mixed]
 
 
-@pytest.mark.parametrize("kind", ["aspect", "text"])
+@pytest.mark.parametrize("kind", ["aspect", pytest.param("text", marks=pytest.mark.slow)])
 def test_buckets_train_and_resume_exactly(data: Path, tmp_path: Path, kind: str) -> None:
     index(f"{data}/b-*.tar")
     options = ("--data.buckets", kind, "--data.caption", "json.caption" if kind == "aspect" else "txt")
@@ -140,6 +141,7 @@ def test_training_from_http_and_s3_equals_training_from_files(data: Path, tmp_pa
         assert orders(train(tmp_path / "s3", f"{bucket}/a-*.tar")) == orders(local)
 
 
+@pytest.mark.slow
 def test_a_shard_whose_server_stalls_or_loses_it_is_named_and_training_goes_on(data: Path, tmp_path: Path) -> None:
     with http_server(data) as server:
         spec = f"{server.url}/a-{{000000..000002}}.tar"
@@ -183,6 +185,7 @@ class Process:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_one_two_and_four_processes_see_the_same_global_batches(data: Path, tmp_path: Path) -> None:
     for world, workers in ((1, 0), (2, 1), (4, 0)):
         job = Process(f"{data}/a-*.tar", world, workers, tmp_path)

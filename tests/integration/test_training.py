@@ -75,6 +75,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(
     assert not same(tmp_path / "other", finished)
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_the_run(shards: str, finished: Path, tmp_path: Path) -> None:
     assert train(shards, tmp_path / "run", "--optim.name", "muon", "--data.workers", "2").returncode == 0
     assert same(tmp_path / "run", finished)
@@ -118,7 +119,7 @@ def test_a_killed_run_ends_with_the_same_weights(
     assert records(run)[-1]["order"] == records(finished)[-1]["order"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_stop_signal_saves_and_says_how_to_go_on(
     shards: str, finished: Path, started: tuple[subprocess.Popen, Path], number: int
 ) -> None:
@@ -174,6 +175,7 @@ def test_divergence_stops_and_names_samples(shards: str, tmp_path: Path) -> None
     assert len([line for line in result.stderr.splitlines() if "error" in line]) == 1
 
 
+@pytest.mark.slow
 def test_accumulation_follows_the_full_batch(shards: str, tmp_path: Path) -> None:
     assert train(shards, tmp_path / "one", "--run.steps", "3").returncode == 0
     assert train(shards, tmp_path / "four", "--run.steps", "3", "--optim.accumulate", "4").returncode == 0

@@ -168,6 +168,7 @@ def test_the_demo_ends_with_a_report_and_does_not_train_twice(
     assert (small_demo / "export" / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_two_seeds_share_the_shards(small_demo: Path) -> None:
     assert demo.main(minutes=0.02, out=str(small_demo), seed=5, seeds=2) == 0
     found = json.loads((small_demo / "results.json").read_text())
