@@ -154,7 +154,7 @@ class Trained:
 
 
 def distance(one: Path, other: Path) -> float:
-    """Of two runs' weights, as one vector: the length of the difference over that of the first; or of their averages."""
+    """Of two runs' weights, as one vector: difference over length; or of their averages, where more."""
     a, b = state(one), state(other)
     found = []
     for kind in ("model/", "ema/"):

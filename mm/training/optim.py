@@ -10,15 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from mm.nn.sharded import own_part, whole
+from mm.training.muon import Muon
 
 if TYPE_CHECKING:
     from mm.config import OptimConfig
+    from mm.distributed.world import World
 
 
 class Optimizers:
-    """What updates the parameters of one module. Its state is addressed by parameter name."""
+    """What updates the parameters of one module. Its state is addressed by parameter name.
 
-    def __init__(self, module: nn.Module, config: OptimConfig, steps: int):
+    With `world`, its processes share the work that all would otherwise do alike; all must then take every step.
+    """
+
+    def __init__(self, module: nn.Module, config: OptimConfig, steps: int, world: World | None = None):
         self.config, self.steps = config, steps
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         muon = {name for name, p in self.named.items() if config.name == "muon" and is_matrix(name, p)}
@@ -33,12 +38,13 @@ class Optimizers:
         self.all: list[torch.optim.Optimizer] = [adamw]
         if muon:
             self.all.append(
-                torch.optim.Muon(
+                Muon(
                     [self.named[name] for name in self.named if name in muon],
                     lr=config.muon_lr,
                     momentum=config.muon_momentum,
                     weight_decay=config.muon_weight_decay,
-                    ns_steps=config.muon_steps,
+                    steps=config.muon_steps,
+                    world=world,
                 )
             )
         for optimizer in self.all:

@@ -72,7 +72,7 @@ class Trainer:
     checkpoints: Checkpoints = field(init=False)
 
     def __post_init__(self) -> None:
-        self.optimizers = Optimizers(self.step_module, self.config.optim, self.config.run.steps)
+        self.optimizers = Optimizers(self.step_module, self.config.optim, self.config.run.steps, self.world)
         self.ema = Ema(self.step_module, self.config.optim.ema)
         self.health = Health(self.config.health)
         self.checkpoints = Checkpoints(self.run_dir, self.config.checkpoint, self.world)

@@ -70,12 +70,46 @@ def test_every_objective_in_micro_batches_follows_one_process_without(trained: T
 
 @pytest.mark.slow
 def test_muon_follows_one_process(trained: Trained) -> None:
-    """It makes its updates in bfloat16 (torch.optim.Muon), where a sum in another order may round to the next number,
-    0.4 % away: so much of an update, and less of the weights."""
+    """Its updates are made in bfloat16, where a sum in another order may round to the next number, 0.4 % away."""
     run, one = trained(2, *MUON), trained(1, *MUON)
     assert orders(run) == orders(one)
     assert apart(one, run, "loss") < 4e-4 and distance(one, run) < 1e-3
     assert distance(one, trained(1)) > 5e-3, "AdamW does something else"
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_muons_work_and_get_the_same_bits(trained: Trained, processes: int) -> None:
+    found = trained.team(processes)(muon_alone_and_together)
+    assert [same_bits for same_bits, _ in found] == [True] * processes
+    assert sum(done for _, done in found) == MATRICES and max(done for _, done in found) == -(-MATRICES // processes)
+
+
+MATRICES = 7  # more than there are processes, and no multiple of them
+
+
+def muon_alone_and_together(world: World) -> tuple[bool, int]:
+    """Whether three steps come to the same with and without the others' help; matrices orthogonalised here in one."""
+    from mm.training import muon
+
+    done, orthogonal = [], muon.orthogonal
+    muon.orthogonal = lambda *given: done.append(1) or orthogonal(*given)  # type: ignore[assignment,func-returns-value]
+    try:
+        ended, counts = [], []
+        for together in (world, None):
+            generator = torch.Generator().manual_seed(0)
+            shapes = [(8 + index % 2, 8) for index in range(MATRICES)]
+            matrices = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+            optimizer = muon.Muon(matrices, lr=0.1, momentum=0.9, weight_decay=0.1, steps=3, world=together)
+            for _ in range(3):
+                done.clear()
+                for matrix in matrices:
+                    matrix.grad = torch.randn(matrix.shape, generator=generator)
+                optimizer.step()
+            ended.append(matrices)
+            counts.append(len(done))
+        return all(torch.equal(a, b) for a, b in zip(*ended, strict=True)), counts[0]
+    finally:
+        muon.orthogonal = orthogonal
 
 
 def test_weights_gathered_in_bfloat16_stay_close(trained: Trained) -> None:
