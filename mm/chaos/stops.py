@@ -75,13 +75,15 @@ def _in_collective(kind: str, rank: int, stage: Stage) -> Finding:
 def _signal(name: str, point: str, stage: Stage) -> Finding:
     """The signal comes while the run is at the point; what was reached is saved, and not a step of it is lost."""
     suite = stage.suite
-    step = {"step": suite.middle, "data": suite.middle, "evaluate": suite.every, "save.written": 2 * suite.every}[point]
+    # training goes on beside the first save, but does not begin the second before it is over
+    step = suite.every if point in ("evaluate", "save.written") else suite.middle
     if point == "evaluate":
         stage.flags += ["--data.val", _validation(suite.out), "--run.eval_every", str(suite.every)]
     lasting = 600 if point in ("evaluate", "data") else 3  # those are left at once, the others when they are over
     if name == "USR1":  # to one process alone: the others must hear of it
         rank = stage.processes - 1
-        faults = f"usr1:{point}@step={step},rank={rank},after=1;stall:{point}@step={step},rank={rank},for={lasting}"
+        late = "" if point == "save.written" else ",after=1"
+        faults = f"usr1:{point}@step={step},rank={rank}{late};stall:{point}@step={step},rank={rank},for={lasting}"
         outcome = stage.train(faults)
     else:
         with stage.start(f"stall:{point}@step={step},for={lasting}") as job:
