@@ -22,7 +22,7 @@ def checkpoints(argv: Sequence[str]) -> int:
     args = parser.read(argv)
     run = Path(args.run)
     if not (run / "config.json").is_file() and not (run / "checkpoints").is_dir():
-        raise UsageError(f"{run}: is no run folder; give the run.dir of a training")
+        raise UsageError(f"{run}: not a run folder; give the run.dir of a training")
     found = _examine(manifest.committed(run), manifest.latest(run))
     left = [path.name for path in manifest.leftovers(run)]
     if args.json:
@@ -69,10 +69,11 @@ def _examine(folders: Sequence[Path], latest: str) -> list[dict[str, Any]]:
 
 def _tell(run: Path, found: Sequence[dict[str, Any]], left: Sequence[str]) -> None:
     for one in found:
-        processes = "?" if one["processes"] is None else one["processes"]
+        count = one["processes"]
+        processes = f"{'?' if count is None else count} process{'' if count == 1 else 'es'}"
         verdict = f"damaged: {one['problem']}" if one["problem"] else "good"
         print(
-            f"{one['name']}  {manifest.gigabytes(one['bytes']):>9}  {one['files']} files of {processes} processes  "
+            f"{one['name']}  {manifest.gigabytes(one['bytes']):>9}  {one['files']} files of {processes}  "
             f"{_age(time.time() - one['time']):>11}  {verdict}{', latest' if one['latest'] else ''}"
         )
     if not found:

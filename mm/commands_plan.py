@@ -15,7 +15,8 @@ def plan(argv: Sequence[str]) -> int:
         "plan",
         "Memory, FLOPs, traffic and time of a run on a cluster, without one. --section.field value replaces a field. "
         "The exit code is 1 where the run does not fit.",
-        usage="mm plan CONFIG [--gpus N] [--gpu NAME] [--samples N] [--json] [--section.field value ...]",
+        usage="mm plan CONFIG [--gpus N] [--gpu NAME] [--samples N] [--efficiency E] [--caption-tokens N] [--json] "
+        "[--section.field value ...]",
     )
     parser.add_argument("config", metavar="CONFIG", help="a Python file with `def config() -> TrainConfig`")
     parser.add_argument("--gpus", type=number(int, 1), default=8, help="in all (default: 8)")

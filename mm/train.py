@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from mm.config import TrainConfig
     from mm.training.preemption import Stop
 
+SPOKEN = 3.0  # seconds that a machine's first process has to say what all of its processes find wrong
 USAGE = """\
 usage: mm train CONFIG [--section.field value ...]
 
@@ -37,10 +40,11 @@ def train(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     if argv[0].startswith("-"):
         raise settings.ConfigError(f"{argv[0]}: the config file comes first; mm train configs/x.py {argv[0]} ...")
-    config = settings.override(settings.load(argv[0]), argv[1:])
-    settings.validate(config)
-    if not config.data.train:
-        raise settings.ConfigError("data.train = '': names no shards; add --data.train FOLDER or a pattern")
+    with _said_once():
+        config = settings.override(settings.load(argv[0]), argv[1:])
+        settings.validate(config)
+        if not config.data.train:
+            raise settings.ConfigError("data.train = '': names no shards; add --data.train FOLDER or a pattern")
 
     from mm.training.preemption import Stop
 
@@ -59,9 +63,11 @@ def _together(config: TrainConfig, stop: Stop) -> int:
 
     several, folder, code, met = expected() > 1, Path(config.run.dir), 1, False
     rank = int(os.environ["RANK"]) if several else 0
+    tell: Callable[[str], None] = _tell
     if several:
-        logs.prepare_flight_recorder(folder)
-    tell = logs.redirect(folder, rank) if several else _tell
+        with _said_once(stop):
+            logs.prepare_flight_recorder(folder)
+            tell = logs.redirect(folder, rank)
     try:
         with joined(pick_device(config.parallel), config.parallel.timeout) as world:
             met = True
@@ -93,6 +99,22 @@ def _together(config: TrainConfig, stop: Stop) -> int:
                 tell(f"{type(error).__name__}: {_first_line(error)}")
             raise
     return code
+
+
+@contextmanager
+def _said_once(stop: Stop | None = None) -> Iterator[None]:
+    """What a user got wrong, and every process finds: the first one of a machine says it.
+
+    The others give it time to; its end, through the launcher, is theirs.
+    """
+    try:
+        yield
+    except (ValueError, OSError):
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(SPOKEN)
+            if stop is not None and stop.signal:
+                raise SystemExit(2) from None
+        raise
 
 
 def _left_alone(error: Exception) -> bool:

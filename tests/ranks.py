@@ -104,7 +104,10 @@ def training(world: World, flags: tuple[str, ...]) -> str:
 
 
 class Sharding:
-    """`own/RANK`: numbers that each process holds, of parameters, averages and moments; `all`: that there are."""
+    """`own/RANK`: numbers that each process holds, of parameters, averages and moments; `all`: that there are.
+
+    `helpers`: the processes that share the optimizer's work.
+    """
 
     every = 0
 
@@ -114,7 +117,11 @@ class Sharding:
         return sum(own_part(tensor).numel() for tensor in held), sum(tensor.numel() for tensor in held)
 
     def whole(self, context: Trainer, parts: list[tuple[int, int]]) -> dict[str, float]:
-        return {f"own/{rank}": float(own) for rank, (own, _) in enumerate(parts)} | {"all": float(parts[0][1])}
+        helpers = float(getattr(context.optimizers.all[-1], "world", World()).size)
+        return {f"own/{rank}": float(own) for rank, (own, _) in enumerate(parts)} | {
+            "all": float(parts[0][1]),
+            "helpers": helpers,
+        }
 
 
 class Trained:

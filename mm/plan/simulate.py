@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mm.config import ConfigError
 from mm.distributed.parallelize import blocks, recompute
+from mm.distributed.world import World
 from mm.objectives.diffusion import drawn
 from mm.objectives.step import TrainStep, build_step
 from mm.plan.sharding import FullyShard, Layout, Shards, layout_of
@@ -92,7 +93,7 @@ def simulate(config: TrainConfig, gpus: int = 1, caption_tokens: int | None = No
             for p in step.parameters():
                 if p.requires_grad:
                     p.register_post_accumulate_grad_hook(lambda p: tracker.count([p.grad], "gradients"))
-        optimizers, ema = _state(owner, config, tracker)
+        optimizers, ema = _state(owner, config, tracker, World(0, gpus if layout.shard == 1 else 1))
         tracker.kind = "activations"
         batch = empty_batch(config, micro_batch * simulated, tokens)
         tracker.forget_peak()
@@ -167,10 +168,10 @@ def _autocast(config: TrainConfig) -> contextlib.AbstractContextManager:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def _state(owner: nn.Module, config: TrainConfig, tracker: Tracker) -> tuple[Optimizers, Ema]:
+def _state(owner: nn.Module, config: TrainConfig, tracker: Tracker, world: World) -> tuple[Optimizers, Ema]:
     """The optimizer and the average, with the state that they have from the first step on."""
     tracker.kind = "optimizer"
-    optimizers = Optimizers(owner, config.optim, config.run.steps)
+    optimizers = Optimizers(owner, config.optim, config.run.steps, world)
     for p in owner.parameters():
         p.grad = torch.empty_like(p) if p.requires_grad else None
     optimizers.step(0)

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 ALONE = ("start", "compile", "data")  # phases in which no process waits for another
-WAITING = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/graph.py")  # where one waits for the others
+# where one waits for the others
+WAITING = ("torch/distributed/", "torch/nn/parallel/", "torch/autograd/graph.py", " awaited")
 NAMED = 3  # processes that a message names
 _STATES = {
     "T": "stopped (SIGSTOP)",

@@ -71,7 +71,8 @@ def steps_within(trainer: Trainer, budget: float, started: float) -> int:
     trainer.optimizers.reset()
     left = budget * (1 - RESERVE) - (time.perf_counter() - started)
     steps = max(1, int(left / each))
-    say(f"{each:.2f} s a step: {steps} steps in the {left:.0f} s that are left of {budget:.0f}")
+    rest = f"the {left:.0f} s that are left" if left > 0 else "no time is left"
+    say(f"{each:.2f} s a step: {steps} step{'' if steps == 1 else 's'}, {rest} of {budget:.0f}")
     return steps
 
 

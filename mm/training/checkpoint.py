@@ -68,6 +68,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failed: SaveFailed | None = None  # of the last save
         self._untold: list[str] = []  # failures for poll
+        self._damaged: set[str] = set()  # names of those that `newest` passed over
 
     def save(
         self,
@@ -123,6 +124,7 @@ class Checkpoints:
             if problem := self._damage(folder):
                 if self.world.main:
                     say(f"{folder.name} is damaged ({problem}): passed over")
+                self._damaged.add(folder.name)
                 continue
             return self._open(folder)
         if folders:
@@ -197,20 +199,21 @@ class Checkpoints:
         self, step: int, tensors: Mapping[str, Tensor], scalars: dict[str, Any], export: Callable[[], None] | None
     ) -> Job:
         """A failure here is kept until all processes can be told."""
-        names, size = frozenset(tensors), disk_bytes(tensors)
+        names, size, damaged = frozenset(tensors), disk_bytes(tensors), frozenset(self._damaged)
         try:
             fault("save.begin", step)
             text = json.dumps({**scalars, "step": step})
             staged = self._staging.copy(tensors)
             fault("save.staged", step)
         except Exception as error:
-            return Job(step, {}, names, size, "", None, error)
-        return Job(step, staged, names, size, text, export)
+            return Job(step, {}, names, size, damaged, "", None, error)
+        return Job(step, staged, names, size, damaged, text, export)
 
     def _write(self, job: Job) -> None:
         """The whole save after its staging. Keeps its failure for whoever asks."""
         try:
             write(self.run, self.config, self.saving, job)
+            self._damaged = {name for name in self._damaged if manifest.step_of(Path(name)) != job.step}
         except (Exception, CheckpointException) as error:  # torch's is no Exception
             good = next(iter(manifest.committed(self.run)), None)
             still = f"{good.name} is still whole" if good else "there is no earlier one"

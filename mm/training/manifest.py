@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,10 @@ def write_manifest(folder: Path, step: int, world: int, files: Mapping[str, Entr
     sync(folder)
 
 
-def commit(run: Path, fresh: Path, step: int, config: CheckpointConfig) -> None:
+def commit(run: Path, fresh: Path, step: int, config: CheckpointConfig, damaged: Collection[str] = ()) -> None:
     """Let a complete folder become the checkpoint of its step, move `latest`, then drop what need not stay.
 
+    Those known to be `damaged` go, so that they take no whole one's place.
     At every moment the newest whole checkpoint is there under a name that `committed` lists.
     """
     root = run / "checkpoints"
@@ -143,18 +144,19 @@ def commit(run: Path, fresh: Path, step: int, config: CheckpointConfig) -> None:
     (run / ".latest.tmp").replace(run / "latest")
     sync(run)
     fault("save.latest", step)
-    for path in expired(committed(run), final, config):
+    for path in expired(committed(run), final, config, damaged):
         remove(path)
     fault("save.pruned", step)
 
 
-def expired(found: list[Path], newest: Path, config: CheckpointConfig) -> list[Path]:
+def expired(found: list[Path], newest: Path, config: CheckpointConfig, damaged: Collection[str]) -> list[Path]:
     """Which of the checkpoints `found` (newest first) may go now that `newest` is the one to go on from.
 
     Later steps were left behind by a run that walked back; of the others the last `keep` stay, and every
     `keep_every`-th step.
     """
-    valid = [path for path in found if path == newest or (step_of(path) < step_of(newest) and not path.suffix)]
+    earlier = [path for path in found if step_of(path) < step_of(newest) and not path.suffix]
+    valid = [path for path in found if path == newest or (path in earlier and path.name not in damaged)]
     stay = valid[: max(1, config.keep)]
     stay += [path for path in valid if config.keep_every and step_of(path) % config.keep_every == 0]
     return [path for path in found if path not in stay]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from mm.distributed.world import World
+from mm.distributed.world import World, awaited
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic: the steepest at zero that stays near one
 EPSILON = 1e-7
@@ -38,7 +40,7 @@ class Muon(torch.optim.Optimizer):
     ):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps})
         held = self.param_groups[0]["params"]
-        self.world = World() if world is None or any(hasattr(p, "to_local") for p in held) else world
+        self.world = World() if world is None or any(isinstance(p, DTensor) for p in held) else world
         self._helpers = min(self.world.size, HELPERS)
         self._owner = dict(zip(held, shares([p.shape for p in held], self._helpers), strict=True))
 
@@ -59,30 +61,33 @@ class Muon(torch.optim.Optimizer):
             p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])))
 
     def _updates(self, parts: list[list[nn.Parameter]], group: dict) -> Iterator[Tensor]:
-        """Of all matrices, by owner: this process computes its own and is told the rest."""
-        mine = []
-        for p in parts[self.world.rank] if self.world.rank < len(parts) else ():
-            assert p.grad is not None
-            update = p.grad.lerp(self.state[p]["momentum_buffer"], group["momentum"])
-            mine.append(orthogonal(update, group["steps"]))
+        """Of all matrices, by owner: its own are computed, the rest is told. Alone, one is held at a time."""
         if self.world.size == 1:
-            yield from mine
+            yield from (self._update(p, group) for p in parts[0])
             return
         told = []
         for owner, part in enumerate(parts):
             if not part:
                 continue
-            sizes = [p.numel() for p in part]
-            flat = torch.empty(sum(sizes), dtype=torch.bfloat16, device=part[0].device)
+            flat = torch.empty(sum(p.numel() for p in part), dtype=torch.bfloat16, device=part[0].device)
+            pieces = [piece.view(p.shape) for piece, p in zip(flat.split([p.numel() for p in part]), part, strict=True)]
             if owner == self.world.rank:
-                torch.cat([update.flatten() for update in mine], out=flat)
-            # as bytes, which every backend knows
-            work = dist.broadcast(flat.view(torch.uint8), src=owner, async_op=True)
-            told.append((flat.split(sizes), work))
-        for (pieces, work), part in zip(told, filter(None, parts), strict=True):
-            if work is not None:
-                work.wait()
-            yield from (piece.view(p.shape) for piece, p in zip(pieces, part, strict=True))
+                for piece, p in zip(pieces, part, strict=True):
+                    piece.copy_(self._update(p, group))
+            work = None
+            if dist.is_initialized():  # mm plan asks for no more than the sizes; bytes, which every backend knows
+                work = dist.broadcast(flat.view(torch.uint8), src=owner, async_op=True)
+            told.append((pieces, work))
+        for pieces, work in told:
+            awaited(work)
+            yield from pieces
+
+    def _update(self, p: nn.Parameter, group: dict) -> Tensor:
+        assert p.grad is not None
+        update = orthogonal(p.grad.lerp(self.state[p]["momentum_buffer"], group["momentum"]), group["steps"])
+        if isinstance(p, DTensor):  # one with few rows comes back whole
+            return cast("DTensor", update).redistribute(placements=p.placements)
+        return update
 
 
 def orthogonal(update: Tensor, steps: int) -> Tensor:

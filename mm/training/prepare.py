@@ -44,9 +44,10 @@ def prepare(config: TrainConfig, callbacks: Sequence[Callback], world: World) ->
     trainer = Trainer(config, parallel, loader, device, world, callbacks, flops=flops)
     trainer.peak = matrix_rate(device, torch.float32 if config.parallel.precision == "fp32" else torch.bfloat16)
     parameters = sum(p.numel() for p in step_module.parameters())
+    gflop = flops * world.size / 1e9
     lines = [
         f"{parameters / 1e6:.1f} M parameters, {tokenizer.vocab_size} text tokens, {loader.samples} samples, "
-        f"{flops * world.size / 1e9:.0f} GFLOP a step; this machine: {trainer.peak / 1e9:.0f} GFLOP/s "
+        f"{gflop:,.{0 if gflop >= 10 else 2}f} GFLOP a step; this machine: {trainer.peak / 1e9:.0f} GFLOP/s "
         f"in {config.parallel.precision} matrix products on {device.type}",
         *parallel.said,
     ]

@@ -129,6 +129,9 @@ class Trainer:
             if action == "rewind":
                 return None
             return values | {"lr": 0.0, "left_out": 1.0}
+        if factor == 0 and not math.isfinite(values["grad_norm"]):  # zero times no number is none
+            self.optimizers.drop()
+            return values
         values["lr"] = self.optimizers.step(self.step, factor)
         self.ema.update(self.step, None if factor is None else 0.0)
         if factor is None:

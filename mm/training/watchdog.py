@@ -108,7 +108,7 @@ class Watchdog:
     def _watch(self) -> None:
         tick = min(1.0, self.stall_seconds / 10)
         quiet, seen, allowed, last = 0.0, -1, 0.0, time.monotonic()
-        heard: dict[int, tuple[Sign, float]] = {}
+        awake, heard = 0.0, {}  # type: float, dict[int, tuple[Sign, float]]
         while not self._alarm.wait(tick):
             if self._over.is_set():
                 return
@@ -116,29 +116,27 @@ class Watchdog:
             phase, _, _, changes = self._now
             if changes != seen:
                 quiet, seen, allowed = 0.0, changes, self._allowed(phase)
-            quiet += min(now - last, 3 * tick)  # not the time in which this process itself was suspended
-            last = now
+            spent = min(now - last, 3 * tick)  # not the time in which this process itself was suspended
+            quiet, awake, last = quiet + spent, awake + spent, now
             if self._lost and quiet > min(allowed, GONE):
                 break
             if quiet > allowed:
-                allowed = min(self._allowed_to_others(heard), quiet + self.beat)  # and then asks again
+                allowed = min(self._allowed_to_others(heard, awake), quiet + self.beat)  # and then asks again
                 if quiet > allowed:
                     break
         self._end()
 
-    def _allowed_to_others(self, heard: dict[int, tuple[Sign, float]]) -> float:
+    def _allowed_to_others(self, heard: dict[int, tuple[Sign, float]], now: float) -> float:
         """The longest that a living process' phase may take; `heard` keeps each one's newest sign and when it came.
 
         A process that is stopped sends none: its last, from a phase that may take long, must not hold back the rest.
         """
         signs = _within(self.beat, self._signs) if self.store is not None else None
-        longest, now = 0.0, time.monotonic()
-        for rank, sign in (signs or {}).items():
+        for rank, sign in (signs or {}).items():  # a store that is slow for once changes nothing
             if rank not in heard or heard[rank][0] != sign:
                 heard[rank] = sign, now
-            if now - heard[rank][1] < SILENT * self.beat:
-                longest = max(longest, self._allowed(sign.phase))
-        return longest
+        alive = (sign for sign, came in heard.values() if now - came < SILENT * self.beat)
+        return max((self._allowed(sign.phase) for sign in alive), default=0.0)
 
     def _allowed(self, phase: str) -> float:
         return self.stall_seconds * PATIENT.get(phase, 1.0)

@@ -51,7 +51,7 @@ class Writer:
         for entry in [entry for entry in added if not entry.key][:5]:
             say(f"{entry.shard}: {entry.reason}")
         if added and len(entries) == len(added):
-            say(f"{len(entries)} entries in ledger.jsonl: what cannot be used is replaced, and counted as unusable")
+            say(f"ledger.jsonl: {len(entries)} more that cannot be used: replaced, and counted as unusable")
 
 
 def unfinished(run: Path, step: int) -> bool:

@@ -31,6 +31,7 @@ class Job:
     tensors: dict[str, Tensor]  # what this process writes
     names: frozenset[str]  # of what all of them write
     size: int  # bytes on disk
+    damaged: frozenset[str]  # names of earlier checkpoints that are
     scalars: str  # JSON
     export: Callable[[], None] | None
     problem: Exception | None = None  # the staging failed
@@ -67,7 +68,7 @@ def write(run: Path, config: CheckpointConfig, world: World, job: Job) -> None:
         scalars = manifest.write_durable(fresh / SCALARS, job.scalars)
         manifest.write_manifest(fresh, step, world.size, {**entries, SCALARS: scalars})
         fault("save.manifest", step)
-        manifest.commit(run, fresh, step, config)
+        manifest.commit(run, fresh, step, config, job.damaged)
 
     try:
         together(world, begin)

@@ -74,24 +74,27 @@ def test_muon_follows_one_process(trained: Trained) -> None:
     run, one = trained(2, *MUON), trained(1, *MUON)
     assert orders(run) == orders(one)
     assert apart(one, run, "loss") < 4e-4 and distance(one, run) < 1e-3
+    assert (records(run)[-1]["helpers"], records(one)[-1]["helpers"]) == (2, 1)
     assert distance(one, trained(1)) > 5e-3, "AdamW does something else"
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_muons_work_and_get_the_same_bits(trained: Trained, processes: int) -> None:
-    found = trained.team(processes)(muon_alone_and_together)
+@pytest.mark.parametrize(("processes", "helpers"), [(2, 16), (4, 16), (4, 3)])
+def test_processes_share_muons_work_and_get_the_same_bits(trained: Trained, processes: int, helpers: int) -> None:
+    found = trained.team(processes)(muon_alone_and_together, helpers)
     assert [same_bits for same_bits, _ in found] == [True] * processes
-    assert sum(done for _, done in found) == MATRICES and max(done for _, done in found) == -(-MATRICES // processes)
+    helpers, work = min(processes, helpers), [done for _, done in found]
+    assert sum(work) == MATRICES and max(work) == -(-MATRICES // helpers) and not any(work[helpers:])
 
 
 MATRICES = 7  # more than there are processes, and no multiple of them
 
 
-def muon_alone_and_together(world: World) -> tuple[bool, int]:
+def muon_alone_and_together(world: World, helpers: int) -> tuple[bool, int]:
     """Whether three steps come to the same with and without the others' help; matrices orthogonalised here in one."""
     from mm.training import muon
 
-    done, orthogonal = [], muon.orthogonal
+    done, orthogonal, most = [], muon.orthogonal, muon.HELPERS
+    muon.HELPERS = helpers
     muon.orthogonal = lambda *given: done.append(1) or orthogonal(*given)  # type: ignore[assignment,func-returns-value]
     try:
         ended, counts = [], []
@@ -105,11 +108,11 @@ def muon_alone_and_together(world: World) -> tuple[bool, int]:
                 for matrix in matrices:
                     matrix.grad = torch.randn(matrix.shape, generator=generator)
                 optimizer.step()
-            ended.append(matrices)
+            ended.append(matrices + [optimizer.state[matrix]["momentum_buffer"] for matrix in matrices])
             counts.append(len(done))
         return all(torch.equal(a, b) for a, b in zip(*ended, strict=True)), counts[0]
     finally:
-        muon.orthogonal = orthogonal
+        muon.orthogonal, muon.HELPERS = orthogonal, most
 
 
 def test_weights_gathered_in_bfloat16_stay_close(trained: Trained) -> None:

@@ -13,7 +13,7 @@ import pytest
 from test_training_ranks import ALL, FSDP, HYBRID, MUON, follows, held, in_turn
 
 from ranks import Trained, apart, distance, orders
-from runs import same
+from runs import records, same
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,6 +52,7 @@ def test_fifty_steps_of_muon_stay_close(trained: Trained, flags: tuple[str, ...]
     run, one = trained(2, *LONG, *MUON, *flags), trained(1, *LONG, *MUON)
     assert orders(run) == orders(one)
     assert apart(one, run, "loss") < 4e-3 and distance(one, run) < 4e-3
+    assert records(run)[-1]["helpers"] == (1 if flags == FSDP else 2), "sharded matrices take all processes anyway"
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])

@@ -56,6 +56,19 @@ def test_a_run_that_walked_back_keeps_what_it_saves_and_drops_the_damaged_one(tm
     assert (tmp_path / "latest").read_text() == "step-00000150\n"
 
 
+def test_a_damaged_one_takes_no_whole_ones_place(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    (folder(tmp_path, 3) / "state.json").write_bytes(b"damaged")
+    run = checkpoints(tmp_path, keep=3)
+    assert (run.newest() or pytest.fail()).step == 2
+    run.save(4, content(4), {"order": ""}, wait=True)
+    assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000004"]
+    for step in (3, 5):  # a run that goes on from step 2 comes to step 3 again, and that one is whole
+        run.save(step, content(step), {"order": ""}, wait=True)
+    assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000005"]
+
+
 def test_a_step_that_is_saved_again_replaces_the_former(tmp_path: Path) -> None:
     save(tmp_path, 100)
     (folder(tmp_path, 100) / "state.json").write_bytes(b"damaged")

@@ -28,7 +28,7 @@ def test_whole_checkpoints_are_listed_newest_first(run: Path, capsys: pytest.Cap
     newest, older = capsys.readouterr().out.splitlines()
     assert newest.startswith("step-00000002") and newest.endswith("s ago  good, latest")
     assert older.startswith("step-00000001") and older.endswith("s ago  good")
-    assert "4 files of 1 processes" in newest
+    assert "4 files of 1 process " in newest
 
 
 def test_a_damaged_one_is_named_and_exits_1(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +67,7 @@ def test_a_run_before_its_first_checkpoint(tmp_path: Path, capsys: pytest.Captur
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         assert main(["checkpoints", str(folder)]) == 2
-        assert capsys.readouterr().err == f"mm: error: {folder}: is no run folder; give the run.dir of a training\n"
+        assert capsys.readouterr().err == f"mm: error: {folder}: not a run folder; give the run.dir of a training\n"
 
 
 def test_it_answers_without_torch(run: Path, run_python: Run) -> None:

@@ -52,6 +52,12 @@ def test_the_process_that_the_others_wait_for_is_found(
     assert culprits(said, answered, 3) == blamed
 
 
+def test_who_waits_for_anothers_part_of_the_work_is_not_to_blame() -> None:
+    waiting = {"frames": ("mm/distributed/world.py:1 awaited", "mm/training/muon.py:2 _updates")}
+    said = signs(r0=waiting, r1={"frames": ("mm/training/muon.py:3 orthogonal",)}, r2=waiting)
+    assert culprits(said, [0, 1, 2], 3) == [1]
+
+
 def test_a_message_names_host_process_phase_and_place() -> None:
     text = verdict(signs(r1={"phase": "data", "frames": READING, "seconds": 118.2, "step": 6}), [0, 1, 2], 3)
     assert text == (
@@ -133,6 +139,26 @@ def test_who_waits_for_one_that_was_stopped_while_it_compiled_is_not(tmp_path: P
         dog.at("forward", 0)
         assert not ended.wait(1.0), "a sign or two may be late"
         assert ended.wait(1.4), "0.6 s and six signs, not five times 0.6 s"
+
+
+def test_a_store_that_does_not_answer_once_ends_nothing(tmp_path: Path, ended: threading.Event) -> None:
+    class Late(dist.HashStore):
+        asked = 0
+
+        def check(self, names: list[str]) -> bool:
+            if names[0].startswith("sign/"):
+                self.asked += 1
+                if self.asked == 3:
+                    time.sleep(0.3)  # two beats
+            return bool(super().check(names))
+
+    store = Late()
+    with Watchdog(tmp_path, World(0, 2), 0.6, store=store) as dog:
+        dog.at("forward", 0)
+        for tenth in range(20):
+            store.set("sign/1", signs(r1={"phase": "compile", "seconds": tenth / 10})[1].to_json())
+            assert not ended.wait(0.1)
+        assert store.asked > 3
 
 
 def test_a_stall_elsewhere_is_heard_of(tmp_path: Path, ended: threading.Event) -> None:
