@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 
 from mm.config import ConfigError
@@ -38,9 +39,13 @@ def plan(argv: Sequence[str]) -> int:
     from mm.plan.report import as_dict, as_text
     from mm.plan.report import plan as run
 
-    found = run(config, args.gpus, args.gpu, args.samples, args.efficiency, args.caption_tokens)
+    found = run(config, args.gpus, args.gpu, args.samples, args.efficiency, args.caption_tokens, _tell)
     print(json.dumps(as_dict(found)) if args.json else as_text(found))
     return 0 if found.fits else 1
+
+
+def _tell(line: str) -> None:
+    print(f"mm: {line}", file=sys.stderr, flush=True)
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

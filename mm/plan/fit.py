@@ -36,12 +36,20 @@ def fits(step: Step, gpu: Gpu) -> bool:
     return step.peak <= USABLE * gpu.memory * 1e9
 
 
-def first_fix(config: TrainConfig, gpus: int, gpu: Gpu, step: Step, simulate: Simulate) -> Fix | None:
+def first_fix(
+    config: TrainConfig,
+    gpus: int,
+    gpu: Gpu,
+    step: Step,
+    simulate: Simulate,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Fix | None:
     """Changes are made one after another and each is planned; the first plan that fits ends it.
 
     In this order: activation checkpointing (selective, full), sharding (within machines, over all ranks), gathered
     weights freed after the forward, smaller micro-batches, more GPUs for the same batch. A change that saves nothing
-    is taken back. None where there is nothing to change; the last plan, with `fits` False, where none of them fits.
+    is taken back; `tell` hears of each, for it takes seconds. None where there is nothing to change; the last plan,
+    with `fits` False, where none of them fits.
     """
     best = Fix({}, gpus, config, step, False)
     for change in _changes(config, gpus):
@@ -52,6 +60,7 @@ def first_fix(config: TrainConfig, gpus: int, gpu: Gpu, step: Step, simulate: Si
             setattr(getattr(trial, section), field, value)
         if name == "parallel.activation_checkpointing" and _without_activations(best.step) > USABLE * gpu.memory * 1e9:
             continue  # what is not activations is too much already
+        tell(f"does not fit; trying {name} = {value}")
         try:
             found = simulate(trial, ranks)
         except ConfigError:  # a batch that does not come out even, or groups that do not

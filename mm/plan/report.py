@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import ceil
@@ -65,6 +66,7 @@ def plan(
     samples: float | None = None,
     efficiency: float = EFFICIENCY,
     caption_tokens: int | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """What `config` takes on `gpus` GPUs called `name`, to `samples` samples (by default those of `run.steps`).
 
@@ -82,7 +84,7 @@ def plan(
         step=step,
         time=step_time(config, step, card, efficiency),
         sent=collectives(config, step),
-        fix=None if fits(step, card) else first_fix(config, gpus, card, step, run),
+        fix=None if fits(step, card) else first_fix(config, gpus, card, step, run, tell),
     )
 
 
