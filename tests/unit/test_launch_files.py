@@ -232,3 +232,19 @@ def test_the_launcher_ends_with_the_code_of_the_process_that_failed(root: Path) 
     said = [agent.communicate(timeout=100)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == list(bodies.values()), said
     assert not any("Traceback" in text for text in said)
+
+
+def test_what_all_processes_find_wrong_is_said_by_the_first_of_a_machine(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others wait, so that the launcher ends them; one that is still there afterwards speaks as well."""
+    from mm import train
+
+    waited: list[float] = []
+    monkeypatch.setattr(train.time, "sleep", waited.append)
+    for rank, expected in (("0", []), ("1", [train.SPOKEN])):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        waited.clear()
+        assert train.main([str(root / "configs/debug.py"), "--nope", "1"]) == 2
+        assert waited == expected
+        assert capsys.readouterr().err.count("mm: error: ") == 1
