@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mm.config import ConfigError
-from mm.fields import suggestion
 
 GPUS_PER_MACHINE = 8  # of all platforms below
 
@@ -39,5 +38,5 @@ GPUS = {
 def gpu(name: str) -> Gpu:
     """The GPU of that name. Raises ConfigError for one that is not in the table."""
     if name not in GPUS:
-        raise ConfigError(f"--gpu {name}: known are {', '.join(GPUS)}{suggestion(name, GPUS)}")
+        raise ConfigError(f"--gpu {name}: known are {', '.join(GPUS)}")
     return GPUS[name]
