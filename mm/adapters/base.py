@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class Processor:
     """Turns one raw item into a small dict of arrays, a list of those into a tensor, and a tensor back into items.
 
-    Plain and picklable: the same object runs in data workers and at inference. `source` names the field of a raw
-    sample that it reads ("image", "text"), so that two inputs may be made from one picture.
+    Plain and picklable: the same object runs in data workers and at inference. `source` names what of a raw sample it
+    reads: "image" (a picture), "text" (a caption), or the extension of a shard's member ("depth.png"), whose bytes it
+    is given then. So two inputs may be made from one picture.
     """
 
     source: str = ""

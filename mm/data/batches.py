@@ -182,7 +182,7 @@ class Batches(Dataset[Made]):
         text = sample.texts[0][0][0]
         if train and (len(sample.texts) > 1 or len(sample.texts[0][0]) > 1):
             text = captions.draw(sample.texts, streams.at(seed, self._numbers["caption"]))
-        raw = {"image": sample.image, "text": text}
+        raw = {"image": sample.image, "text": text, **sample.members}
         return {
             name: processor.prepare(
                 raw[processor.source],

@@ -11,6 +11,7 @@ from mm.config import ConfigError
 from mm.data.background import in_thread, in_workers
 from mm.data.batches import Batches, Made
 from mm.data.index import Entry
+from mm.data.members import EXTENSION
 from mm.data.reader import Reader
 from mm.data.sources import Access, by_likeness, open_sources
 from mm.types import Batch
@@ -23,15 +24,16 @@ class Loader:
     """Iterate for `mm.types.Batch`; every iteration begins at global batch `start`.
 
     `spec`: shards, as `mm.data.shards.expand` reads them. `processors`: input name -> processor, whose `source` says
-    whether it is given the sample's "image" (decoded once and shared: not to be written) or "text". `batch_size` is
-    global; rank `rank` of `world` gets its slice. With `train` the stream is endless and shuffled by (seed, epoch),
-    samples are augmented, and captions drawn as `caption` says (`mm.data.captions`). Without, one pass in index order,
-    the last batch short (on the last ranks perhaps of no samples). `weights` mixes the parts of `spec` joined by `::`
-    by sample. `buckets` groups like samples into batches: "text" by the caption's bytes, "aspect" by the picture's,
-    with `shapes` (width, height) to crop to. `workers` 0 prepares in a thread, or, without `ahead`, between two steps:
-    on a CPU a thread beside torch's own holds all of them up for longer than it works. `buffer_mb` bounds the batches
-    made ahead in all workers, `cache_mb` small pictures kept, `fetch_gb` the disk that fetched shards take; a remote
-    shard that brings nothing for `stall_seconds` is tried again, and then lost.
+    whether it is given the sample's "image" (decoded once and shared: not to be written), its "text", or the bytes of
+    the member with that extension ("depth.png"), without which a sample cannot be used. `batch_size` is global; rank
+    `rank` of `world` gets its slice. With `train` the stream is endless and shuffled by (seed, epoch), samples are
+    augmented, and captions drawn as `caption` says (`mm.data.captions`). Without, one pass in index order, the last
+    batch short (on the last ranks perhaps of no samples). `weights` mixes the parts of `spec` joined by `::` by sample.
+    `buckets` groups like samples into batches: "text" by the caption's bytes, "aspect" by the picture's, with `shapes`
+    (width, height) to crop to. `workers` 0 prepares in a thread, or, without `ahead`, between two steps: on a CPU a
+    thread beside torch's own holds all of them up for longer than it works. `buffer_mb` bounds the batches made ahead
+    in all workers, `cache_mb` small pictures kept, `fetch_gb` the disk that fetched shards take; a remote shard that
+    brings nothing for `stall_seconds` is tried again, and then lost.
 
     `samples`: usable samples an epoch. `batches`: batches a pass. `ledger`: everything that could not be used, so far.
     Raises ConfigError where nothing is usable, a value cannot work, more than `max_error_rate` of the samples fail, or
@@ -88,6 +90,7 @@ class Loader:
             self.captions,
             images=any(processor.source == "image" for processor in processors.values()),
             every=train,
+            members=sorted({processor.source for processor in processors.values()} - {"image", "text"}),
             cache_bytes=(cache_mb << 20) // max(workers, 1),  # each worker keeps its own
             store=access.store(self.index),
         )
@@ -174,8 +177,11 @@ def _check(
     max_error_rate: float,
 ) -> None:
     for name, processor in processors.items():
-        if processor.source not in ("image", "text"):
-            raise ConfigError(f"processor {name!r}: source {processor.source!r} must be 'image' or 'text'")
+        if not EXTENSION.match(processor.source):
+            raise ConfigError(
+                f"processor {name!r}: source {processor.source!r} must be 'image', 'text' or the extension of a "
+                "shard's members in small letters, such as 'depth.png'"
+            )
     if batch_size < 1:
         raise ConfigError(f"data.batch_size: {batch_size} must be at least 1")
     if not 0 <= rank < world:

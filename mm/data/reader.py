@@ -13,6 +13,7 @@ import numpy as np
 from mm.data import decode, remote
 from mm.data.captions import Captions, Texts
 from mm.data.index import LARGEST_TEXT, Entry, ShardIndex
+from mm.data.members import Beside, beside
 from mm.data.shard_cache import ShardCache
 from mm.data.sidecar import LOCAL, cache_folder, is_same
 from mm.data.table import Shard, build
@@ -52,12 +53,14 @@ class Sample(NamedTuple):
 
     image: decode.Picture | None
     texts: Texts  # its captions
+    members: Parts = {}  # noqa: RUF012 (never changed); by extension, those of `Reader.members`
 
 
 class Reader:
     """Reads samples by index number. Picklable; safe to use from several threads; holds few open files.
 
     `captions`: where captions are, one for all shards or one each; `every` reads all that a sample has, else the first.
+    `members`: extensions ("depth.png") of what else to read of each sample, as bytes; a sample must have them.
     Decoded small pictures stay in memory up to `cache_bytes`, first come: an epoch visits each sample once, so that
     replacing old ones by new ones would never find anything. Remote shards are fetched into `store` whole, once.
     """
@@ -69,9 +72,11 @@ class Reader:
         *,
         images: bool = True,
         every: bool = False,
+        members: Sequence[str] = (),
         cache_bytes: int = 256 << 20,
         store: ShardCache | None = None,
     ) -> None:
+        self.members = tuple(members)
         self.index, self.images, self.every, self.cache_bytes = index, images, every, cache_bytes
         self.captions = [captions] * len(index.shards) if isinstance(captions, Captions) else list(captions)
         far = any(map(remote.is_remote, index.shards))
@@ -102,15 +107,17 @@ class Reader:
         if kept is not None:
             return kept
         captions = self.captions[self.index.shard_of(number)]
-        data = self.parts(number, ("image", *captions.parts) if self.images else captions.parts)
+        names = ("image", *captions.parts) if self.images else captions.parts
+        data = self.parts(number, names, self.members)
         texts = captions.texts(data.get, every=self.every)
         picture = decode.picture(data["image"]) if self.images else None
-        sample = Sample(picture, texts)
+        sample = Sample(picture, texts, {name: data[name] for name in self.members})
         pixels = picture.width * picture.height if picture is not None else 0
-        if pixels <= _SMALL:
+        more = sum(map(len, sample.members.values()))
+        if pixels <= _SMALL and more <= 3 * _SMALL:
             if picture is not None:
                 picture.pixels()
-            size = (picture.nbytes if picture is not None else 0) + _OVERHEAD
+            size = (picture.nbytes if picture is not None else 0) + more + _OVERHEAD
             if self._kept_bytes + size <= self.cache_bytes:
                 self._kept[number] = sample
                 self._kept_bytes += size
@@ -126,9 +133,9 @@ class Reader:
         """Bytes of a sample's "image", "txt", "caption" or "json". Raises as `parts`."""
         return self.parts(number, (part,)).get(part, b"")
 
-    def parts(self, number: int, names: Sequence[str]) -> Parts:
-        """Bytes of those parts that a sample has. Raises ValueError where the shard lacks them or a text is too long,
-        and ShardLost where it cannot be read at all."""
+    def parts(self, number: int, names: Sequence[str], members: Sequence[str] = ()) -> Parts:
+        """Bytes of those parts that a sample has, and of members, which it must have. Raises ValueError where the shard
+        lacks them or one is too large, and ShardLost where it cannot be read at all."""
         shard, spans = self.index.spans(number, names)
         for name, (_, size) in spans.items():
             if name != "image" and size > LARGEST_TEXT:
@@ -139,15 +146,19 @@ class Reader:
                 if file.rows is not None and self.index.place(number) >= file.rows:
                     raise SampleLost(f"lost since it was indexed: {file.damage}")
                 try:
-                    data = _read(file.fd, spans)
+                    more = beside(self.index, number, members, File(file.fd)) if members else Beside({}, "")
+                    found = spans | more.spans
+                    data = _read(file.fd, found)
                 except OSError as error:
                     raise ValueError(f"shard cannot be read: {error.strerror}") from error
                 if file.state is not None and file.state != _state(file.fd):  # what was read may be anything
                     os.close(self._files.pop(shard).fd)
                     continue
-                short = [name for name in spans if len(data[name]) < spans[name][1]]
+                if more.problem:
+                    raise ValueError(more.problem)
+                short = [name for name in found if len(data[name]) < found[name][1]]
                 if short:
-                    offset = spans[short[0]][0] + len(data[short[0]])
+                    offset = found[short[0]][0] + len(data[short[0]])
                     raise ValueError(f"shard ends at byte {offset}, inside the sample")
                 return data
         raise ValueError("shard is written to while it is read")

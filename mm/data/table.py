@@ -24,7 +24,7 @@ _PART = {**dict.fromkeys(IMAGES, "image"), "txt": "txt", "caption": "caption", "
 LOOKS = ("width", "height", "crc")  # columns on the images themselves
 NONE = 0xFFFFFFFF  # size of a part that a sample does not have
 LARGEST = 256 << 20  # bytes of a member: a larger one is refused
-_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's rule: the key ends at the first dot of the file name
+KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's rule: the key ends at the first dot of the file name
 APART = ".looks"  # suffix of the file that holds them apart from a table of many shards
 _LONGEST_KEY = 65535  # bytes
 
@@ -79,6 +79,16 @@ class Table:
             return load_file(self.path + APART).get(name)
         return self.columns.get(name)
 
+    def places(self, row: int) -> list[tuple[int, int]]:
+        """Where each part of a row begins, and where the next header follows, in bytes."""
+        found = []
+        for part in PARTS:
+            size = self.columns.get(f"{part}.size")
+            if size is not None and int(size[row]) != NONE:
+                start = BLOCK * int(self.columns[f"{part}.block"][row])
+                found.append((start, start - -int(size[row]) // BLOCK * BLOCK))
+        return found
+
     def sizes(self, part: str, rows: slice = slice(None)) -> NDArray[np.uint32]:
         """Bytes of a part, [N] or of some rows; NONE where a sample lacks it."""
         column = self.columns.get(f"{part}.size")
@@ -95,7 +105,7 @@ def build(shard: Shard, scan: Scan) -> Table:
     extensions: set[str] = set()
     stream = isinstance(scan.source, Stream)
     for name, offset, size, problem in scan:
-        match = _KEY.match(name)
+        match = KEY.match(name)
         if not problem and match is None:  # a hidden file, or no extension: not part of a sample
             continue
         if match is not None:

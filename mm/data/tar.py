@@ -98,17 +98,18 @@ class Scan:
 
     A file that is cut anywhere, at a member's end too, is told by its end: two zero blocks, and padding to whole
     records where there is more. What lies before the cut is yielded, and may be read from `source` until the next.
+    `start`: where to begin, right behind a member.
     """
 
-    def __init__(self, source: Source) -> None:
-        self.source, self.damage = source, ""
+    def __init__(self, source: Source, start: int = 0) -> None:
+        self.source, self.damage, self._start = source, "", start
 
     def __iter__(self) -> Iterator[Member]:
-        self.damage = yield from _members(self.source)
+        self.damage = yield from _members(self.source, self._start)
 
 
-def _members(source: Source) -> Generator[Member, None, str]:
-    position, long_name, end = 0, b"", source.end
+def _members(source: Source, position: int = 0) -> Generator[Member, None, str]:
+    long_name, end = b"", source.end
     pax: dict[bytes, bytes] = {}
     while True:
         header = source.read(position, BLOCK)
