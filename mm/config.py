@@ -57,6 +57,19 @@ class DataConfig:
     stall_seconds: float = 60.0  # a remote store that brings nothing for so long is asked again, five times
 
 
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+Projection = Literal["linear", "affine", "none"]  # to the shared space: without a bias, with one, or none at all
+
+
+@dataclass(slots=True, kw_only=True)
+class TowerConfig:
+    """A third-party encoder, wrapped as it is: everything that is needed to build it again."""
+
+    library: Literal["timm", "open_clip"]
+    name: str = ""  # in that library; for people and messages where `options` says all
+    options: str = "{}"  # JSON: what it is built with
+
+
 @dataclass(slots=True, kw_only=True)
 class ImageConfig:
     size: int = 32  # pixels a side
@@ -70,12 +83,23 @@ class ImageConfig:
     clean_target: bool = True  # diffusion draws the whole image, not the crop that the vision encoder sees
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    pool: Literal["mean", "cls"] = "mean"
+    resize: Literal["crop", "shortest", "squash", "longest"] = "crop"  # outside training; all but crop as in open_clip
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of those
+    fill: int = 0  # level of what "longest" pads with
+    pool: Literal["mean", "cls", "patches", "map"] = "mean"  # patches: their mean beside a class token; map: attention
+    patch_bias: bool = True
+    pre_norm: bool = False  # a norm before the first block, as in CLIP
+    norm_after_pool: bool = False  # the final norm sees the pooled vector, as in CLIPA
+    activation: Activation = "gelu_tanh"
+    qk_norm: bool = True
+    eps: float = 1e-5  # of the norms
+    proj: Projection = "linear"
+    tower: TowerConfig | None = None  # a wrapped encoder, in place of all that shapes one
 
 
 @dataclass(slots=True, kw_only=True)
 class TextConfig:
-    tokenizer: Literal["corpus", "clip"] = "corpus"  # a small BPE trained on data.train, or CLIP's
+    tokenizer: Literal["corpus", "clip", "source"] = "corpus"  # a small BPE trained on data.train, CLIP's, or start's
     vocab_size: int = 2048  # upper bound for a corpus tokenizer; 49408 for CLIP's
     context_length: int = 20
     width: int = 192
@@ -83,7 +107,16 @@ class TextConfig:
     heads: int = 3
     mlp_ratio: float = 4.0
     causal: bool = False
-    pool: Literal["mean", "last"] = "mean"  # last: the end-of-text token, as CLIP
+    pool: Literal["mean", "last", "end"] = (
+        "mean"  # last: the end-of-text token, as CLIP; end: the last place, as SigLIP
+    )
+    masked: bool = True  # attention does not see the padding; SigLIP's does
+    pad_id: int = 0  # what stands there
+    activation: Activation = "gelu_tanh"
+    qk_norm: bool = True
+    eps: float = 1e-5
+    proj: Projection = "linear"
+    tower: TowerConfig | None = None
     word_dropout: float = 0.0  # probability of leaving a word out of a training caption
 
 

@@ -22,7 +22,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "0 or more",
         lambda number: number >= 0,
-        "run.seed run.eval_every run.sample_every run.diagnose_every data.workers data.cache_mb "
+        "model.image.fill model.text.pad_id run.seed run.eval_every run.sample_every run.diagnose_every data.workers data.cache_mb "
         "model.denoiser.bottleneck "
         "model.denoiser.context_depth objectives.contrastive.weight objectives.diffusion.weight "
         "objectives.align.weight objectives.diffusion.text_grad objectives.diffusion.image_grad "
@@ -33,7 +33,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "above 0",
         lambda number: number > 0,
-        "data.fetch_gb data.stall_seconds model.image.mlp_ratio model.image.std model.text.mlp_ratio "
+        "data.fetch_gb data.stall_seconds model.image.eps model.text.eps model.image.mlp_ratio model.image.std model.text.mlp_ratio "
         "objectives.contrastive.init_scale objectives.contrastive.max_scale "
         "objectives.diffusion.sigma_std objectives.diffusion.noise_scale objectives.diffusion.shift optim.lr "
         "optim.muon_lr optim.clip parallel.timeout",
@@ -63,16 +63,26 @@ def validate(config: TrainConfig) -> None:
             if not all(map(holds, value if isinstance(value, tuple) else (value,))):
                 raise ConfigError(f"{name} = {value}: must be {text}")
     _validate_model(config.model)
+    _validate_data(config)
     _validate_objectives(config)
     divides(config, 1)
 
 
 def _validate_model(model: ModelConfig) -> None:
     image, text, denoiser = model.image, model.text, model.denoiser
-    # rotary positions turn one pair of channels a head for the row and one for the column
-    _multiple("model.image.width", image.width, 4 * image.heads, "4 x model.image.heads")
-    _multiple("model.image.size", image.size, image.patch, "model.image.patch")
-    _multiple("model.text.width", text.width, text.heads, "model.text.heads")
+    for name, part in (("image", image), ("text", text)):
+        if part.tower is None:  # a vision encoder's head splits in four, for rotary positions of rows and columns
+            of = 4 if name == "image" else 1
+            _multiple(
+                f"model.{name}.width", part.width, of * part.heads, ("4 x " if of == 4 else "") + f"model.{name}.heads"
+            )
+            if part.proj == "none" and part.width != model.embed_dim:
+                raise ConfigError(
+                    f"model.{name}.proj = 'none': model.{name}.width = {part.width} must be model.embed_dim = "
+                    f"{model.embed_dim}; set that, or proj = linear"
+                )
+    if image.tower is None:
+        _multiple("model.image.size", image.size, image.patch, "model.image.patch")
     if text.tokenizer == "clip" and text.vocab_size != 49408:
         raise ConfigError(
             f"model.text.vocab_size = {text.vocab_size}: CLIP's tokenizer has 49408 entries; "
@@ -86,6 +96,14 @@ def _validate_model(model: ModelConfig) -> None:
                 f"model.denoiser.context_depth = {denoiser.context_depth}: there are only "
                 f"model.denoiser.depth = {denoiser.depth} blocks; set {denoiser.depth} or less"
             )
+
+
+def _validate_data(config: TrainConfig) -> None:
+    image, text = config.model.image, config.model.text
+    if config.data.buckets == "text" and (not text.masked or text.pool == "end"):
+        raise ConfigError("data.buckets = 'text': this text encoder sees its padding, which must not vary; use 'none'")
+    if config.data.buckets == "aspect" and (image.tower is not None or image.pool == "map" or image.resize == "squash"):
+        raise ConfigError("data.buckets = 'aspect': this vision encoder takes square pictures only; use 'none'")
 
 
 def _validate_objectives(config: TrainConfig) -> None:

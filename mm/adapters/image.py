@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mm.adapters.base import Adapter, Processor
-from mm.adapters.resample import Opened
+from mm.adapters.resample import Fit, Opened
+from mm.nn.block import Norm
 from mm.nn.position import grid_positions
 from mm.types import Batch, Tokens
 
@@ -26,13 +27,19 @@ class ImageProcessor(Processor):
     """Pictures (PIL images, or anything `Croppable`) to uint8 `[3, size, size]`.
 
     In training a random-resized-crop of at least `crop_scale` of the area and a jitter of brightness and contrast;
-    otherwise the largest part in the centre. Outside a picture there is nothing, so the crop never leaves it.
+    otherwise the largest part in the centre, or what `resize` says (mm.adapters.resample.Fit): what a model that comes
+    from elsewhere was trained with. Outside a picture there is nothing, so the crop never leaves it.
     """
 
     source = "image"
 
-    def __init__(self, size: int, crop_scale: float = 1.0, color_jitter: float = 0.0):
-        self.size, self.crop_scale, self.color_jitter = size, crop_scale, color_jitter
+    def __init__(self, size: int, crop_scale: float = 1.0, color_jitter: float = 0.0, resize: Fit | None = None):
+        self.size, self.crop_scale, self.color_jitter, self.resize = size, crop_scale, color_jitter, resize
+
+    @classmethod
+    def from_config(cls, config: ImageConfig) -> ImageProcessor:
+        fit = None if config.resize == "crop" else Fit(config.resize, config.interpolation, config.fill)
+        return cls(config.size, config.crop_scale, config.color_jitter, fit)
 
     def prepare(
         self,
@@ -49,10 +56,11 @@ class ImageProcessor(Processor):
         width, height = size or (self.size, self.size)
         random = rng if train else None
         if random is not None and self.crop_scale < 1.0:
-            box = random_box(picture.size, width / height, self.crop_scale, random)
+            pixels = picture.crop(random_box(picture.size, width / height, self.crop_scale, random), (width, height))
+        elif self.resize is not None and width == height:
+            pixels = self.resize(picture, width)
         else:
-            box = centre_box(picture.size, width / height)
-        pixels = picture.crop(box, (width, height))
+            pixels = picture.crop(centre_box(picture.size, width / height), (width, height))
         if random is not None and self.color_jitter > 0:
             pixels = jitter(pixels, self.color_jitter, random)
         return {"pixels": pixels}
@@ -120,9 +128,10 @@ class ImageAdapter(Adapter):
         self.register_buffer("mean", 255 * torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("grid", grid_positions(side, side), persistent=False)
-        self.proj = nn.Linear(3 * config.patch**2, config.width)
-        self.cls = nn.Parameter(torch.zeros(1, config.width)) if config.pool == "cls" else None
+        self.proj = nn.Linear(3 * config.patch**2, config.width, bias=config.patch_bias)
+        self.cls = nn.Parameter(torch.zeros(1, config.width)) if config.pool in ("cls", "patches") else None
         self.position = nn.Parameter(torch.zeros(side * side + (self.cls is not None), config.width))
+        self.norm = Norm(config.width, eps=config.eps) if config.pre_norm else nn.Identity()
 
     def embed(self, batch: Batch) -> Tokens:
         """Tokens `[B, N, D]` from uint8 pixels `[B, 3, H, W]`, H and W any multiples of the patch."""
@@ -133,17 +142,37 @@ class ImageAdapter(Adapter):
             x = torch.cat([self.cls.expand(len(x), 1, -1).to(x.dtype), x], dim=1)
         usual = rows == columns == self.side
         grid = self.grid if usual else grid_positions(rows, columns).to(x.device)
-        return Tokens(x + self._positions(rows, columns), max_len=x.shape[1], positions=grid)
+        x = self.norm(x + self._positions(rows, columns))
+        return Tokens(x, max_len=x.shape[1], positions=grid)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         """The learned positions, stretched over a grid of another shape as over the square one: `[N, D]`."""
-        if rows == columns == self.side:
-            return self.position
-        extra = len(self.position) - self.side**2
-        square = self.position[extra:].T.unflatten(1, (self.side, self.side))  # [D, side, side]
-        stretched = F.interpolate(square[None].float(), (rows, columns), mode="bicubic", antialias=True)
-        stretched = stretched[0].flatten(1).T  # [N, D]
-        return torch.cat([self.position[:extra], stretched.to(self.position.dtype)])
+        return self.position if rows == columns == self.side else stretch(self.position, self.side, rows, columns)
+
+
+class PixelAdapter(Adapter):
+    """Each normalised pixel a token of width 3: what a wrapped encoder, which cuts patches itself, is given."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ImageConfig, processor: ImageProcessor, name: str = "image"):
+        super().__init__(name, processor)
+        self.register_buffer("mean", 255 * torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
+
+    def embed(self, batch: Batch) -> Tokens:
+        """Tokens `[B, H W, 3]` in reading order (a view), from square uint8 pixels `[B, 3, H, W]`."""
+        pixels = (batch.inputs[self.name].float() - self.mean) / self.std
+        return Tokens(pixels.flatten(2).transpose(1, 2), max_len=pixels.shape[2] * pixels.shape[3])
+
+
+def stretch(position: Tensor, side: int, rows: int, columns: int) -> Tensor:
+    """Positions `[extra + side side, D]` of a square grid over one of rows x columns; the `extra` first ones stay."""
+    extra = len(position) - side**2
+    square = position[extra:].T.unflatten(1, (side, side))  # [D, side, side]
+    stretched = F.interpolate(square[None].float(), (rows, columns), mode="bicubic", antialias=True)
+    return torch.cat([position[:extra], stretched[0].flatten(1).T.to(position.dtype)])  # [extra + N, D]
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

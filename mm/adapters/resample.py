@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -57,6 +58,45 @@ def resize(pixels: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, 
     image = torch.from_numpy(part).permute(2, 0, 1)[None]
     image = torch.nn.functional.interpolate(image, size=(h, w), mode="bicubic", antialias=True)
     return np.ascontiguousarray(image[0].permute(1, 2, 0).numpy())
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A whole picture at size x size, by Pillow, as open_clip's evaluation transforms do it (of RGB: to the bit).
+
+    shortest: its shorter side at `size`, then the centre; squash: both sides at `size`; longest: its longer side at
+    `size`, padded to a square with level `fill`.
+    """
+
+    mode: Literal["shortest", "squash", "longest"]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    fill: int = 0
+
+    def __call__(self, picture: Croppable, size: int) -> np.ndarray:
+        """Fresh uint8 `[size, size, 3]`."""
+        width, height = picture.size
+        image = Image.fromarray(picture.crop((0, 0, width, height), (width, height)))
+        how = Image.Resampling.BICUBIC if self.interpolation == "bicubic" else Image.Resampling.BILINEAR
+        if self.mode == "squash":
+            wanted = (size, size)
+        elif self.mode == "shortest":
+            short = min(width, height)
+            wanted = (size if width <= height else int(size * width / short), 0)
+            wanted = (wanted[0], size if height <= width else int(size * height / short))
+        else:
+            ratio = max(height / size, width / size)
+            wanted = (round(width / ratio), round(height / ratio))
+        if wanted != (width, height):
+            image = image.resize(wanted, how)
+        left, top = _middle(wanted[0], size), _middle(wanted[1], size)
+        ground = Image.new("RGB", (size, size), (self.fill,) * 3)
+        ground.paste(image, (-left, -top))
+        return np.array(ground)
+
+
+def _middle(length: int, size: int) -> int:
+    """Where the middle `size` of `length` begins; below 0 where there is too little, as torchvision pads."""
+    return round((length - size) / 2) if length >= size else -((size - length) // 2)
 
 
 def snap(box: Box, size: tuple[int, int], scale: int = 1) -> tuple[int, int, int, int]:

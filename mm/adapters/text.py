@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.adapters.base import Adapter, Processor, length_mask
+from mm.adapters.hub_tokenizer import HubTokenizer
 from mm.types import Batch, Tokens
 
 if TYPE_CHECKING:
@@ -98,16 +99,21 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> CorpusTokenizer
 
 def tokenizer_from_json(serialized: str) -> Tokenizer:
     """The tokenizer that `to_json` described."""
-    return ClipTokenizer() if serialized.startswith('{"clip"') else CorpusTokenizer(serialized)
+    if serialized.startswith('{"clip"'):
+        return ClipTokenizer()
+    if serialized.startswith('{"hub"'):
+        return HubTokenizer.from_json(serialized)
+    return CorpusTokenizer(serialized)
 
 
 class TextProcessor(Processor):
-    """Strings to token ids, cut at `context_length` with the end token kept, padded with zeros to that length."""
+    """Strings to token ids, cut at `context_length` with the end token kept, padded with `pad_id` to that length."""
 
     source = "text"
 
-    def __init__(self, tokenizer: Tokenizer, context_length: int, word_dropout: float = 0.0):
+    def __init__(self, tokenizer: Tokenizer, context_length: int, word_dropout: float = 0.0, pad_id: int = 0):
         self.tokenizer, self.context_length, self.word_dropout = tokenizer, context_length, word_dropout
+        self.pad_id = pad_id
         self._cache: dict[str, np.ndarray] = {}
 
     def prepare(self, raw: Any, *, train: bool, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
@@ -131,7 +137,7 @@ class TextProcessor(Processor):
 
     def collate(self, items: Sequence[dict[str, np.ndarray]]) -> tuple[Tensor, Tensor]:
         """ids int64 `[B, context_length]` and lengths `[B]`."""
-        ids = np.zeros((len(items), self.context_length), dtype=np.int64)
+        ids = np.full((len(items), self.context_length), self.pad_id, dtype=np.int64)
         lengths = np.empty(len(items), dtype=np.int64)
         for row, item in enumerate(items):
             lengths[row] = len(item["ids"])
@@ -140,7 +146,7 @@ class TextProcessor(Processor):
 
     def render(self, tensor: Tensor) -> list[str]:
         """Strings from ids `[B, L]`."""
-        return [self.tokenizer.decode([i for i in row.tolist() if i != 0]) for row in tensor]
+        return [self.tokenizer.decode([i for i in row.tolist() if i != self.pad_id]) for row in tensor]
 
 
 class TextAdapter(Adapter):
@@ -156,3 +162,13 @@ class TextAdapter(Adapter):
         ids = batch.inputs[self.name]
         x = self.embedding(ids) + self.position[: ids.shape[1]]
         return Tokens(x, mask=length_mask(batch.lengths[self.name], ids.shape[1]), max_len=ids.shape[1])
+
+
+class IdsAdapter(Adapter):
+    """Each token id a token of width 1: what a wrapped encoder, which has embeddings of its own, is given."""
+
+    def embed(self, batch: Batch) -> Tokens:
+        """Tokens int64 `[B, L, 1]` with a mask over the padding, from ids `[B, L]`."""
+        ids = batch.inputs[self.name]
+        mask = length_mask(batch.lengths[self.name], ids.shape[1])
+        return Tokens(ids[..., None], mask=mask, max_len=ids.shape[1])

@@ -71,7 +71,7 @@ class Inference:
     def prepare(self, name: str, raw: Sequence[Any]) -> Items:
         """Raw items as columns: image uint8 `[B, 3, H, W]`, text ids `[B, L]` and lengths `[B]`.
 
-        Text may already be ids, an int tensor `[B, L]` padded with zeros. Raises ValueError naming a wrong item.
+        Text may already be ids, an int tensor `[B, L]` padded with `model.text.pad_id`, 0 for most. Raises ValueError naming a wrong item.
         """
         processor = self.processor(name)
         if isinstance(raw, Tensor) and name == "text":
@@ -96,15 +96,21 @@ class Inference:
                 f"text: token ids are {ids.dtype} of shape {list(ids.shape)}; "
                 f"must be integers [B, L] with L at most {text.context_length}"
             )
-        ids = torch.nn.functional.pad(ids.long().cpu(), (0, text.context_length - ids.shape[1]))
+        ids = torch.nn.functional.pad(ids.long().cpu(), (0, text.context_length - ids.shape[1]), value=text.pad_id)
         size = self.model.tokenizer.vocab_size
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
             raise ValueError(f"text: token ids from {ids.min()} to {ids.max()}; must be from 0 to {size - 1}")
         places = torch.arange(1, text.context_length + 1)
-        lengths = (places * (ids != 0)).amax(1)  # up to the last id that is not padding
+        lengths = (places * (ids != text.pad_id)).amax(1)  # up to the last id that is not padding
         if ids.numel() and int(lengths.min()) == 0:
-            raise ValueError(f"text[{int(lengths.argmin())}]: only padding (0); give at least one token")
-        return ids, lengths
+            raise ValueError(f"text[{int(lengths.argmin())}]: only padding ({text.pad_id}); give at least one token")
+        # CLIP's end token is the highest id, and CLIP pools there, whatever follows
+        return ids, ids.argmax(1) + 1 if text.tokenizer == "clip" and ids.numel() else lengths
+
+    @property
+    def _ignores_padding(self) -> bool:
+        text = self.config.model.text
+        return text.masked and text.tower is None
 
     def encode(
         self, name: str, raw: Sequence[Any], *, micro_batch: int | None = None, progress: bool = False
@@ -119,7 +125,8 @@ class Inference:
         size = micro_batch or self._size(name)
         label = f"encoding {name}" if progress else ""
         out = torch.empty(len(columns[0]), self.config.model.embed_dim)
-        for rows, part in [(slice(None), columns)] if len(columns) == 1 else cut_padding(*columns):
+        whole = len(columns) == 1 or (name == "text" and not self._ignores_padding)
+        for rows, part in [(slice(None), columns)] if whole else cut_padding(*columns):
             out[rows] = self._run(lambda *part: (self._encoded(name, part).pooled,), part, size, label)[0].cpu().float()
         return out
 

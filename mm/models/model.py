@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from mm.adapters.image import ImageAdapter, ImageProcessor
+from mm.adapters.image import ImageAdapter, ImageProcessor, PixelAdapter
 from mm.adapters.latents import PixelSpace
-from mm.adapters.text import TextAdapter, TextProcessor
+from mm.adapters.text import IdsAdapter, TextAdapter, TextProcessor
 from mm.models.denoiser import Denoiser, gather_condition
-from mm.models.encoder import Encoder
+from mm.models.encoder import image_encoder, text_encoder
 from mm.models.init import init_weights
 
 if TYPE_CHECKING:
@@ -28,31 +28,19 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         image, text = config.image, config.text
+        see = ImageProcessor.from_config(image)
+        read = TextProcessor(tokenizer, text.context_length, text.word_dropout, text.pad_id)
+        wrapped = {name for name, part in (("image", image), ("text", text)) if part.tower is not None}
         self.adapters = nn.ModuleDict(
             {
-                "image": ImageAdapter(image, ImageProcessor(image.size, image.crop_scale, image.color_jitter)),
-                "text": TextAdapter(text, TextProcessor(tokenizer, text.context_length, text.word_dropout)),
+                "image": PixelAdapter(image, see) if "image" in wrapped else ImageAdapter(image, see),
+                "text": IdsAdapter("text", read) if "text" in wrapped else TextAdapter(text, read),
             }
         )
         self.encoders = nn.ModuleDict(
             {
-                "image": Encoder(
-                    image.width,
-                    image.depth,
-                    image.heads,
-                    config.embed_dim,
-                    mlp_ratio=image.mlp_ratio,
-                    pool=image.pool,
-                ),
-                "text": Encoder(
-                    text.width,
-                    text.depth,
-                    text.heads,
-                    config.embed_dim,
-                    mlp_ratio=text.mlp_ratio,
-                    pool=text.pool,
-                    causal=text.causal,
-                ),
+                "image": image_encoder(image, config.embed_dim),
+                "text": text_encoder(text, config.embed_dim),
             }
         )
         self.latents = PixelSpace(image.size)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_kernels import adaln_modulate, attention, qk_norm_rope, rms_norm
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # CLIP's first weights
+}
 
 
 class Norm(nn.LayerNorm):
@@ -19,18 +28,28 @@ class Norm(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); q and k are RMS-normed (arXiv 2302.05442)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); q and k are RMS-normed (arXiv 2302.05442) unless told not to be."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, causal: bool = False):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        causal: bool = False,
+        *,
+        activation: str = "gelu_tanh",
+        qk_norm: bool = True,
+        eps: float = 1e-5,
+    ):
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal, self.activation = heads, causal, activation
         hidden = int(width * mlp_ratio)
-        self.norm1 = Norm(width)
+        self.norm1 = Norm(width, eps=eps)
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.Parameter(torch.ones(width // heads))
-        self.k_norm = nn.Parameter(torch.ones(width // heads))
+        self.q_norm = nn.Parameter(torch.ones(width // heads)) if qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(width // heads)) if qk_norm else None
         self.out = nn.Linear(width, width)
-        self.norm2 = Norm(width)
+        self.norm2 = Norm(width, eps=eps)
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
@@ -42,10 +61,11 @@ class Block(nn.Module):
         Packed sequences begin at `offsets` `[B + 1]`, and none has more than `longest` tokens.
         """
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [.., H, Dh] each
-        q, k = qk_norm_rope(q, k, self.q_norm, self.k_norm, None, None)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk_norm_rope(q, k, self.q_norm, self.k_norm, None, None)
         attended = attention(q, k, v, mask=mask, cu_q=offsets, max_q=longest, max_k=longest, causal=self.causal)
         x = x + self.out(attended.flatten(-2))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
+        return x + self.fc2(ACTIVATIONS[self.activation](self.fc1(self.norm2(x))))
 
 
 class Stream(nn.Module):
