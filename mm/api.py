@@ -20,7 +20,7 @@ from mm.config import ConfigError, TrainConfig
 from mm.diffusion.sampler import Solver
 from mm.evaluation.inference import Inference
 from mm.evaluation.zero_shot import Classifier, classifier
-from mm.models.export import find_export, load_export
+from mm.interop.sources import read
 from mm.models.model import Model
 
 if TYPE_CHECKING:
@@ -82,16 +82,17 @@ class LoadedModel:
 
 
 def load(source: str | os.PathLike[str], *, device: str = "auto") -> LoadedModel:
-    """The model of a run folder (its `export/`) or of a released folder, in float32.
+    """The model of a run folder (its `export/`), of a released folder, or of another library, in float32.
 
+    `open_clip:NAME/TAG`, `open_clip:NAME@FILE.safetensors` and the other forms of `mm.interop.sources.read`.
     `device`: "auto" is a CUDA device where there is one, else the CPU. Raises ConfigError naming what is wrong.
     """
     name = os.fspath(source)
-    if name == "openmoji" or name.startswith("open_clip:"):
+    if name == "openmoji":
         raise ConfigError(f"{name}: this version of mm cannot load it yet; give a run folder or a released folder")
     where = _device(device)
-    model, extras, config, note = load_export(find_export(name))
-    return LoadedModel(model.float().to(where), config, extras, note)
+    origin = read(name)
+    return LoadedModel(origin.build().float().to(where), origin.config(), origin.extras(), origin.note)
 
 
 def _device(name: str) -> torch.device:

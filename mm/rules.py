@@ -22,7 +22,8 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "0 or more",
         lambda number: number >= 0,
-        "model.image.fill model.text.pad_id run.seed run.eval_every run.sample_every run.diagnose_every data.workers data.cache_mb "
+        "model.image.fill model.text.pad_id run.seed run.eval_every run.sample_every run.diagnose_every "
+        "data.workers data.cache_mb "
         "model.denoiser.bottleneck "
         "model.denoiser.context_depth objectives.contrastive.weight objectives.diffusion.weight "
         "objectives.align.weight objectives.diffusion.text_grad objectives.diffusion.image_grad "
@@ -33,7 +34,8 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "above 0",
         lambda number: number > 0,
-        "data.fetch_gb data.stall_seconds model.image.eps model.text.eps model.image.mlp_ratio model.image.std model.text.mlp_ratio "
+        "data.fetch_gb data.stall_seconds model.image.eps model.text.eps "
+        "model.image.mlp_ratio model.image.std model.text.mlp_ratio "
         "objectives.contrastive.init_scale objectives.contrastive.max_scale "
         "objectives.diffusion.sigma_std objectives.diffusion.noise_scale objectives.diffusion.shift optim.lr "
         "optim.muon_lr optim.clip parallel.timeout",

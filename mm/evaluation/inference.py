@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 MICRO_BATCH = {"image": 32, "text": 64, "draw": 8}
 EVEN_THREADS = 2
+_SMALL_SIDE = 32  # pixels: larger pictures go in smaller micro-batches on a CPU, of about as many pixels
+_SMALL_TEXT = 2048  # width x depth of a text encoder
 NOISE = 0  # stream of a picture's first noise; training uses others
 
 Items = tuple[Tensor, ...]  # columns of equal length: row i of each belongs to item i
@@ -71,7 +73,8 @@ class Inference:
     def prepare(self, name: str, raw: Sequence[Any]) -> Items:
         """Raw items as columns: image uint8 `[B, 3, H, W]`, text ids `[B, L]` and lengths `[B]`.
 
-        Text may already be ids, an int tensor `[B, L]` padded with `model.text.pad_id`, 0 for most. Raises ValueError naming a wrong item.
+        Text may already be ids, an int tensor `[B, L]` padded with `model.text.pad_id`, 0 for most models. Raises
+        ValueError naming a wrong item.
         """
         processor = self.processor(name)
         if isinstance(raw, Tensor) and name == "text":
@@ -228,8 +231,18 @@ class Inference:
         return self.model.encode(batch.to(self.model.device))[name]
 
     def _size(self, kind: str) -> int:
-        alone = self.model.device.type == "cpu" and torch.get_num_threads() > EVEN_THREADS
-        return 1 if alone else MICRO_BATCH.get(kind, 16)
+        cpu = self.model.device.type == "cpu"
+        if cpu and torch.get_num_threads() > EVEN_THREADS:
+            return 1
+        usual = MICRO_BATCH.get(kind, 16)
+        if not cpu:
+            return usual
+        image, text = self.config.model.image, self.config.model.text
+        if (
+            kind == "text"
+        ):  # a micro-batch is always full: one label should not cost as much as 64 where each costs a lot
+            return usual if text.tower is None and text.width * text.depth <= _SMALL_TEXT else 8
+        return max(1, usual * _SMALL_SIDE**2 // max(image.size, _SMALL_SIDE) ** 2)
 
     def _run(self, function: Callable[..., Items], columns: Items, size: int, label: str = "") -> Items:
         """`function` over micro-batches of exactly `size` items; its columns for the real ones, joined."""

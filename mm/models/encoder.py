@@ -40,6 +40,7 @@ class Encoder(nn.Module):
     ):
         """`masked` False: attention sees the padding, and only pooling knows where it is. Else as in `mm.config`."""
         super().__init__()
+        self.width = width
         self.pool, self.masked, self.norm_after_pool = pool, masked, norm_after_pool
         self.blocks = nn.ModuleList(
             Block(width, heads, mlp_ratio, causal, activation=activation, qk_norm=qk_norm, eps=eps)

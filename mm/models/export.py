@@ -16,6 +16,8 @@ from mm.models.model import Model
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mm.adapters.text import Tokenizer
+
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 EXPORT = "export"  # inside a run folder
 
@@ -47,10 +49,10 @@ def save_export(
     fresh.rmdir()
 
 
-def load_export(folder: str | os.PathLike[str]) -> tuple[Model, dict[str, Tensor], TrainConfig, dict[str, Any]]:
-    """The model in evaluation mode, the objectives' own tensors, the config and the note, from `save_export`'s files.
+def read_export(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Tokenizer, TrainConfig, dict[str, Any]]:
+    """The tensors by name, the tokenizer, the config and the note, from `save_export`'s files.
 
-    Raises ConfigError where a file is missing or the weights are not those of the config.
+    Raises ConfigError where a file is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -68,6 +70,15 @@ def load_export(folder: str | os.PathLike[str]) -> tuple[Model, dict[str, Tensor
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{folder}: damaged: {error}") from error
+    return state, tokenizer, config, note
+
+
+def load_export(folder: str | os.PathLike[str]) -> tuple[Model, dict[str, Tensor], TrainConfig, dict[str, Any]]:
+    """The model in evaluation mode, the objectives' own tensors, the config and the note, from `save_export`'s files.
+
+    Raises ConfigError as `read_export`, and where the weights are not those of the config.
+    """
+    state, tokenizer, config, note = read_export(folder)
     model = Model(config.model, tokenizer)
     ours = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
     expected = model.state_dict()

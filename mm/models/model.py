@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mm.adapters.base import Adapter, Processor
     from mm.adapters.text import Tokenizer
     from mm.config import ModelConfig
+    from mm.models.encoder import Encoder
+    from mm.models.wrapped import Wrapped
     from mm.types import Batch, Encoded, Tokens
 
 
@@ -46,8 +48,12 @@ class Model(nn.Module):
         self.latents = PixelSpace(image.size)
         self.denoiser = None
         if config.denoiser is not None:
-            self.denoiser = Denoiser(config.denoiser, self.latents.shape, text.width, 2 * config.embed_dim)
+            self.denoiser = Denoiser(config.denoiser, self.latents.shape, self.width("text"), 2 * config.embed_dim)
         init_weights(self)
+
+    def width(self, name: str) -> int:
+        """Of the tokens that the encoder of a modality gives."""
+        return int(cast("Encoder | Wrapped", self.encoders[name]).width)
 
     def processors(self, train: bool) -> dict[str, Processor]:
         """What the loader runs, by input name; in training `target` is the whole picture that diffusion draws."""

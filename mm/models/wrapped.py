@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 
 class Wrapped(nn.Module):
     """A third-party encoder; its own initialisation stands."""
+
+    width: int  # of its tokens
 
 
 class TimmEncoder(Wrapped):
@@ -40,7 +41,8 @@ class TimmEncoder(Wrapped):
             raise ConfigError(
                 f"model.image.tower: timm builds no {tower.name} with {tower.options}: {error}"
             ) from error
-        width = int(getattr(self.trunk, "head_hidden_size", 0) or self.trunk.num_features)
+        self.width = int(self.trunk.num_features)  # type: ignore[arg-type]
+        width = int(getattr(self.trunk, "head_hidden_size", 0) or self.width)
         self.proj = nn.Identity() if proj == "none" else nn.Linear(width, embed_dim, bias=proj == "affine")
         if isinstance(self.proj, nn.Linear):
             nn.init.trunc_normal_(self.proj.weight, std=width**-0.5)
@@ -60,7 +62,8 @@ class OpenClipImage(Wrapped):
 
         options = _options(tower)
         vision = {**options["vision_cfg"], "timm_model_pretrained": False, "output_tokens": False}
-        self.visual = _build_vision_tower(embed_dim, vision, options.get("quick_gelu", False))
+        self.visual: Any = _build_vision_tower(embed_dim, vision, options.get("quick_gelu", False))
+        self.width = _width(self.visual)
 
     def forward(self, tokens: Tokens) -> Encoded:
         from open_clip.modified_resnet import ModifiedResNet
@@ -91,7 +94,9 @@ class OpenClipText(Wrapped):
             if "hf_config" in options:
                 Path(folder, "config.json").write_text(json.dumps(options["hf_config"]), encoding="utf-8")
                 text["hf_model_name"] = folder
-            self.text = _build_text_tower(embed_dim, text, options.get("quick_gelu", False))
+            self.text: Any = _build_text_tower(embed_dim, text, options.get("quick_gelu", False))
+        inner = getattr(self.text, "config", None)  # a Hugging Face model's
+        self.width = int(self.text.width if inner is None else getattr(inner, "hidden_size", 0) or inner.d_model)
 
     def forward(self, tokens: Tokens) -> Encoded:
         pooled, features = self.text(tokens.x[..., 0])
@@ -122,6 +127,15 @@ def wrapped_text(config: TextConfig, embed_dim: int) -> nn.Module:
     return OpenClipText(config.tower, embed_dim)
 
 
+def _width(visual: Any) -> int:
+    """Of the tokens that an open_clip image tower gives."""
+    if hasattr(visual, "trunk"):
+        return int(visual.trunk.num_features)
+    if hasattr(visual, "attnpool"):
+        return int(visual.attnpool.k_proj.in_features)
+    return int(visual.ln_post.normalized_shape[0])
+
+
 def pixels(tokens: Tokens) -> Tensor:
     """The square pictures `[B, 3, H, W]` that pixel tokens `[B, H W, 3]` are a view of."""
     side = int(tokens.x.shape[1] ** 0.5)
@@ -146,10 +160,3 @@ def _encoded(trunk: Any, features: Tensor, pooled: Tensor) -> Encoded:
     elif features.ndim == 2:
         features = features[:, None]
     return Encoded(Tokens(features, max_len=features.shape[1]), F.normalize(pooled.float(), dim=-1))
-
-
-def feature_width(encoder: nn.Module, shape: tuple[int, ...], kind: torch.dtype) -> int:
-    """Width of a wrapped encoder's tokens, from one pass over an input of `shape` on no device."""
-    with torch.no_grad():
-        found: Encoded = encoder(Tokens(torch.zeros(shape, dtype=kind), torch.ones(shape[:2], dtype=torch.bool)))
-    return found.tokens.x.shape[-1]

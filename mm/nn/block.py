@@ -28,7 +28,7 @@ class Norm(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); q and k are RMS-normed (arXiv 2302.05442) unless told not to be."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with `qk_norm` q and k are RMS-normed (arXiv 2302.05442)."""
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ class Align(Objective):
         super().__init__()
         assert model.denoiser is not None
         self.weight, self.config, self.share = config.weight, config, diffusion.share
-        self.project = nn.Conv2d(model.denoiser.width, model.config.image.width, 3, padding=1)
+        self.project = nn.Conv2d(model.denoiser.width, model.width("image"), 3, padding=1)
         self.teacher = nn.ModuleList([copy.deepcopy(model.adapters["image"]), copy.deepcopy(model.encoders["image"])])
         self.teacher.requires_grad_(False)
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))

@@ -1,0 +1,214 @@
+"""open_clip's models: read by name and tag, from the hub, a folder or a file; and written as open_clip reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm.adapters.text import ClipTokenizer
+from mm.config import ConfigError
+from mm.fields import suggestion
+from mm.interop import names
+from mm.interop.architecture import contrastive_config, model_config
+from mm.interop.files import read_weights
+from mm.interop.hub import pretrained, reachable
+from mm.interop.origin import Origin, refuse_difference
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mm.adapters.text import Tokenizer
+    from mm.config import ModelConfig
+
+PREFIX = "open_clip:"
+IGNORED = ("attn_mask", "position_ids", "text_decoder.", "num_batches_tracked")
+
+
+def read(source: str, weights: bool = True) -> Origin:
+    """`open_clip:NAME/TAG`, `NAME@FILE`, `NAME/TAG@FILE` (the tag's preprocessing), `hf-hub:ORG/REPO`, `local-dir:DIR`.
+
+    Without `weights` only the architecture is read, and `open_clip:NAME` is enough. Raises ConfigError for a name or a
+    tag that open_clip does not know (with the nearest), weights of another architecture, or a file that may run code.
+    """
+    where, _, file = source.removeprefix(PREFIX).partition("@")
+    name, tag = (where, "") if where.startswith(("hf-hub:", "local-dir:")) else _split(where)
+    cfg, preprocess, found = _described(source, name, tag, weights and not file)
+    model = model_config(name, cfg, preprocess)
+    tokenizer = _tokenizer(name, cfg, model)
+    note = {"open_clip": {"name": name, "tag": tag, "model_cfg": cfg, "preprocess_cfg": preprocess}}
+    origin = Origin(source, model, tokenizer, contrastive=contrastive_config(cfg), note=note)
+    if weights:
+        origin.tensors = convert(source, read_weights(file or found), origin)
+    return origin
+
+
+def convert(source: str, theirs: dict[str, Tensor], origin: Origin) -> dict[str, Tensor]:
+    """open_clip's state dict by mm's names. Raises ConfigError naming what differs from the architecture."""
+    given = {name: tensor for name, tensor in theirs.items() if not any(part in name for part in IGNORED[:3])}
+    table = pairs(origin.model, "text." if any(name.startswith("text.") for name in given) else "")
+    assert origin.contrastive is not None
+    table += names.scale("logit_bias" in given)
+    ours = {}
+    own = {name.theirs for name in table}
+    for name in table:
+        if name.theirs in given:
+            ours[name.ours] = names.FORMS[name.form][0](given[name.theirs]).float().contiguous()
+    whole = _wrapped(origin.model)
+    for key, tensor in given.items():
+        for theirs_prefix, ours_prefix in whole.items():
+            if key.startswith(theirs_prefix) and key not in own:
+                ours[ours_prefix + key] = tensor.float() if tensor.is_floating_point() else tensor
+                own.add(key)
+    lacks: dict[str, tuple[int, ...]] = {name.theirs: () for name in table if name.theirs not in given}
+    extra: dict[str, tuple[int, ...]] = {key: () for key in given if key not in own}
+    refuse_difference(source, lacks, extra, origin.note["open_clip"]["name"])
+    if "objectives.contrastive.logit_scale" in ours:
+        factor = float(ours["objectives.contrastive.logit_scale"].exp())
+        origin.contrastive.init_scale, origin.contrastive.max_scale = factor, max(100.0, factor)
+    if "objectives.contrastive.logit_bias" in ours:
+        origin.contrastive.init_bias = float(ours["objectives.contrastive.logit_bias"])
+    return ours
+
+
+def pairs(model: ModelConfig, inside: str) -> list[names.Name]:
+    """The names of both towers' tensors, of those that mm has classes for."""
+    image, text = model.image, model.text
+    found = []
+    if image.tower is None:
+        found += names.siglip_image(image) if image.pool == "map" else names.clip_image(image)
+    return found if text.tower is not None else found + names.text(text, inside)
+
+
+def _wrapped(model: ModelConfig) -> dict[str, str]:
+    """Prefixes of the tensors of wrapped towers, theirs to ours."""
+    found = {"visual.": "encoders.image."} if model.image.tower is not None else {}
+    return found | ({"text.": "encoders.text."} if model.text.tower is not None else {})
+
+
+def _split(where: str) -> tuple[str, str]:
+    name, _, tag = where.partition("/")
+    return name, tag
+
+
+def _described(source: str, name: str, tag: str, weights: bool) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """model_cfg, preprocess_cfg and, with `weights`, the path of the weights."""
+    from open_clip.factory import _MODEL_CONFIGS, get_model_config
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+    from open_clip.transform import PreprocessCfg
+
+    default = {
+        key: getattr(PreprocessCfg(), key) for key in ("mean", "std", "interpolation", "resize_mode", "fill_color")
+    }
+    if name.startswith("local-dir:"):
+        return _folder(source, Path(name.removeprefix("local-dir:")), default, weights)
+    if name.startswith("hf-hub:"):
+        return _repository(source, name.removeprefix("hf-hub:"), default, weights)
+    cfg = get_model_config(name)
+    if cfg is None:
+        raise ConfigError(f"{source}: open_clip has no model {name}{suggestion(name, list(_MODEL_CONFIGS))}")
+    if not tag:
+        if weights:
+            tags = ", ".join(list_pretrained_tags_by_model(name)[:8]) or "none"
+            raise ConfigError(f"{source}: no weights named; add /TAG (of {tags}) or @FILE.safetensors")
+        return cfg, default, ""
+    known = get_pretrained_cfg(name, tag)
+    if not known:
+        tags = list_pretrained_tags_by_model(name)
+        hint = suggestion(tag, tags) or f"; it has {', '.join(tags[:8]) or 'none'}"
+        raise ConfigError(f"{source}: open_clip has no weights {tag} of {name}{hint}")
+    if known.get("quick_gelu") and not cfg.get("quick_gelu"):
+        cfg["quick_gelu"] = True  # open_clip warns and goes on with wrong activations
+    return cfg, {**default, **{k: known[k] for k in default if k in known}}, _fetched(source, known) if weights else ""
+
+
+def _fetched(source: str, known: dict[str, Any]) -> str:
+    from open_clip.pretrained import download_pretrained
+
+    if known.get("hf_hub") and not reachable():
+        return _cached(source, known["hf_hub"])
+    try:
+        return str(download_pretrained(known))
+    except Exception as error:  # whatever a client of the network raises
+        raise ConfigError(
+            f"{source}: its weights could not be fetched ({_first(error)}); give a file with @FILE"
+        ) from error
+
+
+def _cached(source: str, repository: str) -> str:
+    """The weights that an earlier download left in the hub client's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, _, name = repository.rpartition("/") if repository.count("/") == 2 else (repository, "", "")
+    for file in [name] if name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]:
+        found = try_to_load_from_cache(repository.rstrip("/"), file)
+        if isinstance(found, str):
+            return found
+    raise ConfigError(f"{source}: its weights are not on this machine and the hub does not answer; give a file: @FILE")
+
+
+def _folder(
+    source: str, folder: Path, default: dict[str, Any], weights: bool
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    path = folder / "open_clip_config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        cfg, preprocess = found["model_cfg"], {**default, **found.get("preprocess_cfg", {})}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{source}: {path} is not there or is no open_clip config ({_first(error)})") from error
+    if not weights:
+        return cfg, preprocess, ""
+    files = [
+        folder / name for name in ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin")
+    ]
+    there = [str(file) for file in [*files, *sorted(folder.glob("*.safetensors"))] if file.is_file()]
+    if not there:
+        raise ConfigError(f"{source}: no weights in {folder}; they are in open_clip_model.safetensors")
+    return cfg, preprocess, there[0]
+
+
+def _repository(
+    source: str, repository: str, default: dict[str, Any], weights: bool
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    try:
+        path = Path(download_pretrained_from_hf(repository, filename="open_clip_config.json"))
+        file = download_pretrained_from_hf(repository) if weights else ""
+    except Exception as error:
+        raise ConfigError(f"{source}: could not be fetched from the hub ({_first(error)})") from error
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found["model_cfg"], {**default, **found.get("preprocess_cfg", {})}, file
+
+
+def _tokenizer(name: str, cfg: dict[str, Any], model: ModelConfig) -> Tokenizer:
+    """CLIP's, or a Hugging Face one with its serialisation inside, or only its name where it cannot be had now."""
+    from mm.adapters.hub_tokenizer import HubTokenizer
+
+    text = cfg["text_cfg"]
+    known = text.get("hf_tokenizer_name")
+    if not known:
+        return ClipTokenizer()
+    options = text.get("tokenizer_kwargs") or {}
+    clean = options.get("clean", "whitespace")
+    size = model.text.vocab_size
+    try:
+        from transformers import AutoTokenizer
+
+        fast = pretrained(AutoTokenizer, known)
+    except (ImportError, OSError, ValueError):  # text is refused later, by name; token ids work
+        model.text.pad_id = 1 if "SigLIP" in known and "SigLIP2" not in known else model.text.pad_id
+        return HubTokenizer(known, size, clean=clean)
+    blank = fast.sep_token_id if options.get("strip_sep_token") else None
+    model.text.pad_id = int(fast.pad_token_id or 0)
+    tokenizer = HubTokenizer(known, len(fast), fast.backend_tokenizer.to_str(), clean, blank)
+    if len(fast) > size:
+        raise ConfigError(
+            f"{name}: the tokenizer {known} has {len(fast)} ids and the text embedding {size} rows; they do not fit"
+        )
+    tokenizer.vocab_size = size  # the embedding's, which may have spare rows
+    return tokenizer
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__

@@ -1,0 +1,52 @@
+"""Where a model may come from: one reader for every source that a user can name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from mm.config import ConfigError
+from mm.fields import suggestion
+from mm.interop.origin import Origin
+
+FORMS = "a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, timm:NAME"
+
+
+def read(source: str | os.PathLike[str], weights: bool = True) -> Origin:
+    """The model that `source` names, with its tokenizer, preprocessing and (with `weights`) its weights.
+
+    A run folder or a released folder of mm; `open_clip:` as in `mm.interop.open_clip.read`; `timm:` as in
+    `mm.interop.timm.read`. Raises ConfigError naming what is wrong with it.
+    """
+    name = os.fspath(source)
+    scheme, colon, _ = name.partition(":")
+    if colon and scheme in READERS:
+        return READERS[scheme](name, weights)
+    if colon and not os.path.exists(name) and "/" not in scheme and len(scheme) > 1:
+        raise ConfigError(f"{name}: no such source{suggestion(scheme, list(READERS))}; give {FORMS}")
+    return _mm(name, weights)
+
+
+def _open_clip(name: str, weights: bool) -> Origin:
+    from mm.interop.open_clip import read as run
+
+    return run(name, weights)
+
+
+def _timm(name: str, weights: bool) -> Origin:
+    from mm.interop.timm import read as run
+
+    return run(name, weights)
+
+
+READERS: dict[str, Any] = {"open_clip": _open_clip, "timm": _timm}
+
+
+def _mm(name: str, weights: bool) -> Origin:
+    """A folder that mm wrote."""
+    from mm.models.export import find_export, read_export
+
+    state, tokenizer, config, note = read_export(find_export(name))
+    tensors = {key.removeprefix("model."): tensor for key, tensor in state.items()} if weights else {}
+    objectives = config.objectives
+    return Origin(name, config.model, tokenizer, tensors, objectives.contrastive, objectives.diffusion, note, config)
