@@ -35,6 +35,10 @@ def plan(argv: Sequence[str]) -> int:
     from mm import config as settings
 
     config = settings.override(settings.load(args.config), overrides)
+    if any((config.start.model, config.start.image, config.start.text, config.start.denoiser)):
+        from mm.interop.start import resolve
+
+        resolve(config, weights=False)
     settings.validate(config)
     from mm.plan.report import as_dict, as_text
     from mm.plan.report import plan as run

@@ -139,6 +139,20 @@ class ModelConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class StartConfig:
+    """Where weights come from before the first step; the shape of each part named here is its source's.
+
+    A source: a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, timm:NAME (image only).
+    """
+
+    model: str = ""  # both encoders, logit scale and bias, and the denoiser where the source has one
+    image: str = ""  # the vision encoder
+    text: str = ""  # the text encoder and its tokenizer
+    denoiser: str = ""
+    size: int = 0  # pixels a side, where not the source's: position embeddings are stretched
+
+
+@dataclass(slots=True, kw_only=True)
 class ContrastiveConfig:
     weight: float = 1.0
     kind: Literal["softmax", "sigmoid"] = "softmax"
@@ -234,6 +248,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -22,7 +22,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "0 or more",
         lambda number: number >= 0,
-        "model.image.fill model.text.pad_id run.seed run.eval_every run.sample_every run.diagnose_every "
+        "model.image.fill model.text.pad_id start.size run.seed run.eval_every run.sample_every run.diagnose_every "
         "data.workers data.cache_mb "
         "model.denoiser.bottleneck "
         "model.denoiser.context_depth objectives.contrastive.weight objectives.diffusion.weight "
@@ -102,6 +102,10 @@ def _validate_model(model: ModelConfig) -> None:
 
 def _validate_data(config: TrainConfig) -> None:
     image, text = config.model.image, config.model.text
+    if text.tokenizer == "source" and not (config.start.text or config.start.model):
+        raise ConfigError("model.text.tokenizer = 'source': is start.text's or start.model's; set one, or use corpus")
+    if config.start.size and not (config.start.image or config.start.model):
+        raise ConfigError(f"start.size = {config.start.size}: of start.image's or start.model's pictures; set one")
     if config.data.buckets == "text" and (not text.masked or text.pool == "end"):
         raise ConfigError("data.buckets = 'text': this text encoder sees its padding, which must not vary; use 'none'")
     if config.data.buckets == "aspect" and (image.tower is not None or image.pool == "map" or image.resize == "squash"):

@@ -16,6 +16,7 @@ from mm import config as settings
 if TYPE_CHECKING:
     from mm.config import TrainConfig
     from mm.training.preemption import Stop
+    from mm.training.prepare import Start
 
 SPOKEN = 3.0  # seconds that a machine's first process has to say what all of its processes find wrong
 USAGE = """\
@@ -42,6 +43,7 @@ def train(argv: Sequence[str]) -> int:
         raise settings.ConfigError(f"{argv[0]}: the config file comes first; mm train configs/x.py {argv[0]} ...")
     with _said_once():
         config = settings.override(settings.load(argv[0]), argv[1:])
+        start = started(config)
         settings.validate(config)
         if not config.data.train:
             raise settings.ConfigError("data.train = '': names no shards; add --data.train FOLDER or a pattern")
@@ -49,10 +51,19 @@ def train(argv: Sequence[str]) -> int:
     from mm.training.preemption import Stop
 
     with Stop().listening() as stop:  # before the slow imports: a scheduler may change its mind at once
-        return _together(config, stop)
+        return _together(config, stop, start)
 
 
-def _together(config: TrainConfig, stop: Stop) -> int:
+def started(config: TrainConfig) -> Start | None:
+    """What `config.start` names, with `config.model` given its shapes; None where it names nothing."""
+    if not any((config.start.model, config.start.image, config.start.text, config.start.denoiser)):
+        return None
+    from mm.interop.start import resolve
+
+    return resolve(config)
+
+
+def _together(config: TrainConfig, stop: Stop, start: Start | None = None) -> int:
     """Train with all processes that torchrun started, or alone; the exit code, once this process has said why."""
     from mm.distributed.device import pick_device
     from mm.distributed.world import expected, joined
@@ -72,7 +83,10 @@ def _together(config: TrainConfig, stop: Stop) -> int:
         with joined(pick_device(config.parallel), config.parallel.timeout) as world:
             met = True
             try:
-                outcome, code = f"finished {run(config, callbacks, world=world, tell=tell, stop=stop)['step']}", 0
+                outcome, code = (
+                    f"finished {run(config, callbacks, world=world, tell=tell, stop=stop, start=start)['step']}",
+                    0,
+                )
             except Stopped as stopped:
                 outcome, code = f"stopped {stopped.step} {stopped.signal}", stopped.exit_code
                 if world.main:

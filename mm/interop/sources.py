@@ -12,8 +12,10 @@ from mm.interop.origin import Origin
 FORMS = "a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, timm:NAME"
 
 
-def read(source: str | os.PathLike[str], weights: bool = True) -> Origin:
+def read(source: str | os.PathLike[str], weights: bool = True, size: int = 0) -> Origin:
     """The model that `source` names, with its tokenizer, preprocessing and (with `weights`) its weights.
+
+    `size`: pixels a side that a timm backbone is built for, instead of its own.
 
     A run folder or a released folder of mm; `open_clip:` as in `mm.interop.open_clip.read`; `timm:` as in
     `mm.interop.timm.read`. Raises ConfigError naming what is wrong with it.
@@ -21,22 +23,22 @@ def read(source: str | os.PathLike[str], weights: bool = True) -> Origin:
     name = os.fspath(source)
     scheme, colon, _ = name.partition(":")
     if colon and scheme in READERS:
-        return READERS[scheme](name, weights)
+        return READERS[scheme](name, weights, size)
     if colon and not os.path.exists(name) and "/" not in scheme and len(scheme) > 1:
         raise ConfigError(f"{name}: no such source{suggestion(scheme, list(READERS))}; give {FORMS}")
     return _mm(name, weights)
 
 
-def _open_clip(name: str, weights: bool) -> Origin:
+def _open_clip(name: str, weights: bool, _size: int) -> Origin:
     from mm.interop.open_clip import read as run
 
     return run(name, weights)
 
 
-def _timm(name: str, weights: bool) -> Origin:
+def _timm(name: str, weights: bool, size: int) -> Origin:
     from mm.interop.timm import read as run
 
-    return run(name, weights)
+    return run(name, weights, size)
 
 
 READERS: dict[str, Any] = {"open_clip": _open_clip, "timm": _timm}

@@ -27,7 +27,7 @@ from mm.training.health import Diverged
 from mm.training.manifest import last_step
 from mm.training.metrics import gpu_memory
 from mm.training.preemption import Interrupted, Stop
-from mm.training.prepare import prepare
+from mm.training.prepare import Start, prepare
 from mm.training.progress import Progress, say
 from mm.training.trainer import Callback, Trainer
 from mm.training.watchdog import Watchdog
@@ -52,13 +52,14 @@ def run(
     world: World | None = None,
     tell: Callable[[str], None] | None = None,
     stop: Stop | None = None,
+    start: Start | None = None,
 ) -> dict[str, Any]:
     """Train `config.run.steps` steps in `config.run.dir`, from its newest checkpoint if it has one.
 
     `callbacks(config)` makes the evaluations to run on the way. With `budget` seconds, a new run first measures a few
     steps and sets `run.steps` to what fits, compilation included; a run that is resumed keeps its steps. `world`: the
     processes that train together. `tell` says what a person must see of any of them, and `stop` listens to signals
-    already. Returns a summary. Raises ConfigError for a folder of another run, Diverged, SaveFailed, and Stopped when a
+    already. `start`: weights that a new run begins with. Returns a summary. Raises ConfigError for a folder of another run, Diverged, SaveFailed, and Stopped when a
     signal ends it.
     """
     started, world = time.perf_counter(), world or World()
@@ -76,7 +77,7 @@ def run(
         try:
             # many are not interrupted here, where one may have no signal: they agree to stop before the first step
             with stop.interrupting() if world.size == 1 else contextlib.nullcontext():
-                trainer = prepare(config, made, world)
+                trainer = prepare(config, made, world, start)
                 if budget and saved is None:
                     config.run.steps = world.share(steps_within(trainer, budget, started))
                     trainer.optimizers.steps = config.run.steps

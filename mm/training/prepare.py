@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from mm.adapters.text import tokenizer_from_json
+from mm.adapters.text import Tokenizer, tokenizer_from_json
 from mm.config import TrainConfig
 from mm.data.buckets import aspect_shapes
 from mm.data.loader import Loader
@@ -24,7 +25,16 @@ from mm.training.progress import say
 from mm.training.trainer import Callback, Trainer
 
 
-def prepare(config: TrainConfig, callbacks: Sequence[Callback], world: World) -> Trainer:
+class Start(Protocol):
+    """Weights, and perhaps a tokenizer, that a run begins with."""
+
+    tokenizer: Tokenizer | None
+
+    def fill(self, step: TrainStep) -> list[str]:
+        """Put the weights in place; what was done, a line each. Raises ConfigError where they do not fit."""
+
+
+def prepare(config: TrainConfig, callbacks: Sequence[Callback], world: World, start: Start | None = None) -> Trainer:
     """A trainer before its first step. Raises ConfigError for a folder of another run."""
     folder, data = Path(config.run.dir), config.data
     if world.lead(lambda: run_folder.saved_config(folder)) is not None:
@@ -33,11 +43,15 @@ def prepare(config: TrainConfig, callbacks: Sequence[Callback], world: World) ->
     access = Access(data.fetch_gb, data.stall_seconds)
     tokenizer = tokenizer_from_json(
         world.lead(
-            lambda: run_folder.tokenizer_of(folder, config, lambda: corpus(data.train, data.caption, access)).to_json()
+            lambda: run_folder.tokenizer_of(
+                folder, config, lambda: corpus(data.train, data.caption, access), start.tokenizer if start else None
+            ).to_json()
         )
     )
     torch.manual_seed(config.run.seed)
-    step_module = build_step(config, tokenizer).to(device)
+    step_module = build_step(config, tokenizer)
+    filled = start.fill(step_module) if start is not None else []
+    step_module = step_module.to(device)
     loader = world.in_turn(lambda: _loader(config, step_module, world, device))
     flops, unused = count_flops(step_module, loader, config, device)
     parallel = parallelize(step_module, config.parallel, world, device, unused)
@@ -49,6 +63,7 @@ def prepare(config: TrainConfig, callbacks: Sequence[Callback], world: World) ->
         f"{parameters / 1e6:.1f} M parameters, {tokenizer.vocab_size} text tokens, {loader.samples} samples, "
         f"{gflop:,.{0 if gflop >= 10 else 2}f} GFLOP a step; this machine: {trainer.peak / 1e9:.0f} GFLOP/s "
         f"in {config.parallel.precision} matrix products on {device.type}",
+        *filled,
         *parallel.said,
     ]
     for line in lines if world.main else []:

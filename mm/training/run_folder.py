@@ -48,13 +48,18 @@ def claim(run: Path, config: TrainConfig) -> None:
     settings.save(config, run / "config.json")
 
 
-def tokenizer_of(run: Path, config: TrainConfig, captions: Callable[[], list[str]]) -> Tokenizer:
-    """The run's own tokenizer; for a new run it is made, from the training captions where the config says so."""
+def tokenizer_of(
+    run: Path, config: TrainConfig, captions: Callable[[], list[str]], given: Tokenizer | None = None
+) -> Tokenizer:
+    """The run's own tokenizer; for a new run the `given` one, or CLIP's, or one made from the training captions."""
     path = run / "tokenizer.json"
     if path.exists() and (run / "config.json").exists():  # else it was left by a run that never began
         return tokenizer_from_json(path.read_text(encoding="utf-8"))
     text = config.model.text
-    tokenizer = ClipTokenizer() if text.tokenizer == "clip" else train_tokenizer(captions(), text.vocab_size)
+    if given is not None:
+        tokenizer = given
+    else:
+        tokenizer = ClipTokenizer() if text.tokenizer == "clip" else train_tokenizer(captions(), text.vocab_size)
     fresh = run / ".tokenizer.tmp"
     fresh.write_text(tokenizer.to_json(), encoding="utf-8")
     fresh.replace(path)

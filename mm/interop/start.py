@@ -1,0 +1,182 @@
+"""What a run begins with: either tower, the denoiser, or all of it, from any source that `mm.load` takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm import settings
+from mm.config import ConfigError, ImageConfig, ModelConfig, TrainConfig
+from mm.interop.origin import OBJECTIVES, Origin, check_tokenizer, fill
+from mm.interop.sources import read
+from mm.training.manifest import last_step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mm.adapters.text import Tokenizer
+    from mm.objectives.step import TrainStep
+
+OF_THE_RUN = {  # how a run feeds an encoder is its own affair
+    "image": ("crop_scale", "color_jitter", "clean_target"),
+    "text": ("word_dropout",),
+}
+PREFIXES = {
+    "image": ("adapters.image.", "encoders.image."),
+    "text": ("adapters.text.", "encoders.text."),
+    "denoiser": ("denoiser.",),
+}
+
+
+@dataclass
+class Start:
+    """The sources of a run's first weights, by part."""
+
+    config: TrainConfig
+    parts: dict[str, str] = field(default_factory=dict)  # image | text | denoiser -> source
+    tokenizer: Tokenizer | None = None
+    known: dict[str, Origin] = field(default_factory=dict)
+
+    def fill(self, step: TrainStep) -> list[str]:
+        """Put the weights in place; what was done, a line each. Raises ConfigError where they do not fit."""
+        lines = self._fill(step)
+        self.known.clear()  # as large as the model
+        return lines
+
+    def _fill(self, step: TrainStep) -> list[str]:
+        lines = []
+        for source in dict.fromkeys(self.parts.values()):
+            origin = self.known[source]
+            names = [part for part, where in self.parts.items() if where == source]
+            count = 0
+            for prefix in [prefix for part in names for prefix in PREFIXES[part]]:
+                tensors = self._fitting(origin, prefix)
+                if tensors or not _fresh(step.model.config, prefix):
+                    keep = prefix + "proj." if _fresh(step.model.config, prefix) else None
+                    _fill_part(step.model, tensors, source, prefix, keep)
+                count += sum(tensor.numel() for tensor in tensors.values())
+            lines.append(f"{' and '.join(names)} from {source}: {count / 1e6:.1f} M weights")
+            if source == self.config.start.model:
+                _scales(step, origin)
+        return lines
+
+    def _fitting(self, origin: Origin, prefix: str) -> dict[str, Tensor]:
+        """A source's tensors under a prefix, its position embeddings stretched to the run's picture size."""
+        from mm.adapters.image import stretch
+
+        found = {name: tensor for name, tensor in origin.tensors.items() if name.startswith(prefix)}
+        theirs, ours = origin.model.image, self.config.model.image
+        name = "adapters.image.position"
+        if name in found and theirs.size != ours.size and ours.tower is None:
+            side = ours.size // ours.patch
+            found[name] = stretch(found[name], theirs.size // theirs.patch, side, side)
+        return found
+
+
+def resolve(config: TrainConfig, weights: bool = True) -> Start:
+    """The start that `config.start` describes; `config.model` takes the shapes of its sources, in place.
+
+    A run that has a checkpoint has all of it from there, and its sources may be gone. Raises ConfigError for a source
+    that cannot be read, lacks what is asked of it, or does not fit another.
+    """
+    try:
+        return _resolved(config, weights)
+    except ConfigError:
+        folder = Path(config.run.dir)
+        if not weights or not last_step(folder):
+            raise
+        saved = settings.read(folder / "config.json")
+        if saved.start != config.start:
+            raise
+        config.model, config.objectives.contrastive = saved.model, saved.objectives.contrastive
+        return Start(config)
+
+
+def _resolved(config: TrainConfig, weights: bool) -> Start:
+    start, model = config.start, config.model
+    found = Start(config)
+    for part in ("image", "text", "denoiser"):
+        source = getattr(start, part) or start.model
+        if not source:
+            continue
+        if source not in found.known:
+            found.known[source] = read(source, weights, size=start.size)
+        origin = found.known[source]
+        has = part in origin.parts if part != "denoiser" else origin.model.denoiser is not None
+        if not has and getattr(start, part):
+            raise ConfigError(f"start.{part} = {source}: has no {part}; name a source that has one")
+        if not has or (part == "denoiser" and model.denoiser is None and not start.denoiser):
+            continue
+        found.parts[part] = source
+        theirs = getattr(origin.model, part)
+        if part in OF_THE_RUN:
+            theirs = replace(theirs, **{name: getattr(getattr(model, part), name) for name in OF_THE_RUN[part]})
+        setattr(model, part, theirs)
+    if "text" in found.parts:
+        found.tokenizer = found.known[found.parts["text"]].tokenizer
+        check_tokenizer(found.parts["text"], model, found.tokenizer)
+    _width(found, model)
+    if start.size:
+        model.image = _resized(model.image, start.size)
+    theirs, mine = found.known[start.model].contrastive if start.model else None, config.objectives.contrastive
+    if theirs is not None and mine is not None:
+        mine.kind, mine.init_scale, mine.init_bias = theirs.kind, theirs.init_scale, theirs.init_bias
+        mine.max_scale = max(mine.max_scale, theirs.init_scale)
+    return found
+
+
+def _width(found: Start, model: ModelConfig) -> None:
+    """The shared space: that of the sources, which must agree; a backbone without one is projected into it."""
+    widths = {}
+    for part, source in found.parts.items():
+        origin = found.known[source]
+        if part == "denoiser":
+            widths[part] = origin.model.embed_dim
+        elif _backbone(origin):
+            model.image.proj = "linear"
+        else:
+            widths[part] = origin.model.embed_dim
+    if len(set(widths.values())) > 1:
+        told = ", ".join(f"start.{part} = {found.parts[part]} has {width}" for part, width in widths.items())
+        raise ConfigError(f"embeddings of different width: {told}; choose sources of one width")
+    if widths:
+        model.embed_dim = next(iter(widths.values()))
+
+
+def _backbone(origin: Origin) -> bool:
+    """Whether a source has features but no shared space to project them to."""
+    return origin.parts == ("image",)
+
+
+def _fresh(model: ModelConfig, prefix: str) -> bool:
+    """Whether what lies under a prefix has a projection of its own that no source brings."""
+    tower = model.image.tower
+    return prefix.endswith(".image.") and tower is not None and tower.library == "timm"
+
+
+def _fill_part(model: Any, tensors: dict[str, Tensor], source: str, prefix: str, keep: str | None) -> None:
+    if keep is not None:  # its projection stays as it was initialised
+        own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(keep)}
+        tensors = {**own, **tensors}
+    fill(model, tensors, source, prefix)
+
+
+def _scales(step: TrainStep, origin: Origin) -> None:
+    """Logit scale and bias, where both losses have them."""
+    own = step.state_dict()
+    found = {name: tensor for name, tensor in origin.extras().items() if name in own and name.startswith(OBJECTIVES)}
+    step.load_state_dict(found, strict=False)
+
+
+def _resized(image: ImageConfig, size: int) -> ImageConfig:
+    """The same encoder for pictures of another size."""
+    if image.tower is None:
+        return replace(image, size=size)
+    options = json.loads(image.tower.options)
+    if image.tower.library == "timm":
+        options["img_size"] = size
+    else:
+        options["vision_cfg"]["image_size"] = size
+    return replace(image, size=size, tower=replace(image.tower, options=json.dumps(options, sort_keys=True)))
