@@ -172,11 +172,8 @@ def _scales(step: TrainStep, origin: Origin) -> None:
 
 def _resized(image: ImageConfig, size: int) -> ImageConfig:
     """The same encoder for pictures of another size."""
-    if image.tower is None:
+    if image.tower is None or image.tower.library == "timm":  # which was read for that size
         return replace(image, size=size)
     options = json.loads(image.tower.options)
-    if image.tower.library == "timm":
-        options["img_size"] = size
-    else:
-        options["vision_cfg"]["image_size"] = size
+    options["vision_cfg"]["image_size"] = size
     return replace(image, size=size, tower=replace(image.tower, options=json.dumps(options, sort_keys=True)))

@@ -59,8 +59,8 @@ def run(
     `callbacks(config)` makes the evaluations to run on the way. With `budget` seconds, a new run first measures a few
     steps and sets `run.steps` to what fits, compilation included; a run that is resumed keeps its steps. `world`: the
     processes that train together. `tell` says what a person must see of any of them, and `stop` listens to signals
-    already. `start`: weights that a new run begins with. Returns a summary. Raises ConfigError for a folder of another run, Diverged, SaveFailed, and Stopped when a
-    signal ends it.
+    already. `start`: weights that a new run begins with. Returns a summary. Raises ConfigError for a folder of another
+    run, Diverged, SaveFailed, and Stopped when a signal ends it.
     """
     started, world = time.perf_counter(), world or World()
     folder = Path(config.run.dir)

@@ -1,0 +1,154 @@
+"""A run begins from models of other libraries, part by part."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_clips import randomised, tiny_clip
+
+from mm.config import (
+    ConfigError,
+    DataConfig,
+    DenoiserConfig,
+    ModelConfig,
+    RunConfig,
+    StartConfig,
+    TrainConfig,
+    validate,
+)
+from mm.interop.origin import Origin
+from mm.interop.sources import read
+from mm.interop.start import resolve
+from mm.models.presets import tiny
+from mm.objectives.step import TrainStep, build_step
+from mm.settings import save
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_clip(tmp_path_factory.mktemp("clip"))[1]
+
+
+def config(tmp_path: Path, **start: object) -> TrainConfig:
+    model = ModelConfig(denoiser=DenoiserConfig(patch=8, width=64, depth=2, heads=2))
+    return TrainConfig(
+        run=RunConfig(dir=str(tmp_path / "run")),
+        data=DataConfig(batch_size=4),
+        model=model,
+        start=StartConfig(**start),  # type: ignore[arg-type]
+    )
+
+
+def begun(settings: TrainConfig) -> TrainStep:
+    start = resolve(settings)
+    validate(settings)
+    tokenizer = start.tokenizer or read(settings.start.image, weights=False).tokenizer
+    step = build_step(settings, tokenizer)
+    start.fill(step)
+    return step
+
+
+def same(step: TrainStep, origin: Origin, prefix: str) -> bool:
+    own = step.model.state_dict()
+    names = [name for name in origin.tensors if name.startswith(prefix)]
+    return bool(names) and all(torch.equal(own[name], origin.tensors[name]) for name in names)
+
+
+def test_a_whole_clip_is_taken_and_the_denoiser_is_fresh(clip: str, tmp_path: Path) -> None:
+    settings = config(tmp_path, model=clip)
+    settings.model.image.crop_scale, settings.model.text.word_dropout = 0.35, 0.2
+    step, origin = begun(settings), read(clip)
+    for prefix in ("adapters.image", "encoders.image", "adapters.text", "encoders.text"):
+        assert same(step, origin, prefix), prefix
+    assert step.model.denoiser is not None
+    assert settings.model.embed_dim == 32
+    assert settings.model.image.width == 64
+    assert (settings.model.image.crop_scale, settings.model.text.word_dropout) == (0.35, 0.2)  # the run's own
+    scale = step.state_dict()["objectives.contrastive.logit_scale"]
+    assert torch.equal(scale, origin.tensors["objectives.contrastive.logit_scale"])
+
+
+def test_a_tower_alone_brings_its_width_to_the_other(clip: str, tmp_path: Path) -> None:
+    settings = config(tmp_path, image=clip)
+    step, origin = begun(settings), read(clip)
+    assert same(step, origin, "encoders.image")
+    assert step.model.encoders["text"].proj.out_features == 32
+    assert settings.model.text.width == ModelConfig().text.width
+    text = begun(config(tmp_path, text=clip))
+    assert same(text, origin, "encoders.text")
+    assert same(text, origin, "adapters.text")
+
+
+def test_another_picture_size_stretches_the_positions(clip: str, tmp_path: Path) -> None:
+    step, origin = begun(config(tmp_path, model=clip, size=48)), read(clip)
+    position, theirs = step.model.adapters["image"].position, origin.tensors["adapters.image.position"]
+    assert position.shape == (37, 64)
+    assert torch.equal(position[0], theirs[0])  # the class token's stays
+    middle = torch.nn.functional.interpolate(
+        theirs[1:].T.reshape(1, 64, 4, 4), (6, 6), mode="bicubic", antialias=True
+    ).reshape(64, 36)
+    assert torch.equal(position[1:], middle.T)
+
+
+def test_a_timm_backbone_gets_a_projection_of_its_own(tmp_path: Path) -> None:
+    import timm
+
+    backbone = randomised(timm.create_model("resnet10t", num_classes=0))
+    save_file({k: v.contiguous() for k, v in backbone.state_dict().items()}, tmp_path / "r.safetensors")
+    settings = config(tmp_path, image=f"timm:resnet10t@{tmp_path / 'r.safetensors'}", size=32)
+    step = begun(settings)
+    trunk = step.model.encoders["image"].trunk.state_dict()
+    assert all(torch.equal(trunk[name], tensor) for name, tensor in backbone.state_dict().items())
+    assert step.model.encoders["image"].proj.weight.shape == (settings.model.embed_dim, 512)
+
+
+def test_a_denoiser_comes_from_a_run_of_mm(tmp_path: Path) -> None:
+    from mm.adapters.text import train_tokenizer
+    from mm.models.export import save_export
+
+    source = TrainConfig(model=tiny())
+    tokenizer = train_tokenizer(["red heart", "blue car"], 300)
+    theirs = randomised(build_step(source, tokenizer))
+    save_export(tmp_path / "theirs", theirs.state_dict(), source, tokenizer.to_json(), {})
+    settings = config(tmp_path, text=str(tmp_path / "theirs"), denoiser=str(tmp_path / "theirs"))
+    step, origin = begun(settings), read(tmp_path / "theirs")
+    assert same(step, origin, "denoiser.")
+    assert same(step, origin, "encoders.text")
+    assert not same(step, origin, "encoders.image")
+
+
+def test_a_run_with_a_checkpoint_goes_on_without_its_source(tmp_path: Path) -> None:
+    source = tiny_clip(tmp_path / "clip")[1]
+    settings = config(tmp_path, model=source)
+    resolve(settings)
+    save(settings, tmp_path / "run" / "config.json")
+    shutil.rmtree(tmp_path / "clip")
+    again = config(tmp_path, model=source)
+    with pytest.raises(ConfigError, match="open_clip_config.json is not there"):
+        resolve(again)
+    (tmp_path / "run" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (tmp_path / "run" / "latest").write_text("step-00000004\n")
+    (tmp_path / "run" / "checkpoints" / "step-00000004" / "manifest.json").write_text("{}")
+    resolve(again)
+    assert again.model == settings.model
+
+
+def test_what_does_not_fit_is_refused_by_name(clip: str, tmp_path: Path) -> None:
+    wide = tiny_clip(tmp_path / "wide", embed_dim=64)[1]
+    for start, words in [
+        ({"image": clip, "text": wide}, r"different width: start.image = .* has 32, start.text = .* has 64"),
+        ({"denoiser": clip}, "has no denoiser"),
+        ({"text": "timm:resnet10t"}, "has no text|could not be fetched"),
+        ({"model": "open_clip:ViT-B-33/openai"}, "did you mean ViT-B-32"),
+        ({"model": clip, "size": 36}, "model.image.size = 36: must be a multiple"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            begun(config(tmp_path, **start))
+    lonely = config(tmp_path)
+    lonely.start.size = 64
+    with pytest.raises(ConfigError, match="start.size = 64"):
+        validate(lonely)
