@@ -142,7 +142,8 @@ class ModelConfig:
 class StartConfig:
     """Where weights come from before the first step; the shape of each part named here is its source's.
 
-    A source: a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, timm:NAME (image only).
+    A source: a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, timm:NAME (vision), hf:NAME
+    (text).
     """
 
     model: str = ""  # both encoders, logit scale and bias, and the denoiser where the source has one

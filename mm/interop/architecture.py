@@ -145,7 +145,7 @@ def _text(name: str, cfg: dict[str, Any]) -> TextConfig:
     if other or pool is None or any(text.get(key) for key in CUSTOM):
         options: dict[str, Any] = {"text_cfg": text, "quick_gelu": bool(cfg.get("quick_gelu"))}
         if text.get("hf_model_name"):
-            options["hf_config"], shape["vocab_size"] = _hugging_face(text["hf_model_name"])
+            options["hf_config"], shape["vocab_size"] = hugging_face(text["hf_model_name"])
         tower = TowerConfig(library="open_clip", name=name, options=json.dumps(options, sort_keys=True))
         return TextConfig(**shape, masked=False, pool="last", tower=tower)
     kind = text.get("proj_type", "linear")
@@ -164,7 +164,7 @@ def _text(name: str, cfg: dict[str, Any]) -> TextConfig:
     )
 
 
-def _hugging_face(name: str) -> tuple[dict[str, Any], int]:
+def hugging_face(name: str) -> tuple[dict[str, Any], int]:
     """A Hugging Face model's config and vocabulary size, from a folder, the local cache or the hub."""
     try:
         from transformers import AutoConfig

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm.adapters.hub_tokenizer import HubTokenizer
 from mm.adapters.text import ClipTokenizer
 from mm.config import ConfigError
 from mm.fields import suggestion
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mm.adapters.text import Tokenizer
-    from mm.config import ModelConfig
+    from mm.config import ModelConfig, TextConfig
 
 PREFIX = "open_clip:"
 IGNORED = ("attn_mask", "position_ids", "text_decoder.", "num_batches_tracked")
@@ -35,7 +36,7 @@ def read(source: str, weights: bool = True) -> Origin:
     name, tag = (where, "") if where.startswith(("hf-hub:", "local-dir:")) else _split(where)
     cfg, preprocess, found = _described(source, name, tag, weights and not file)
     model = model_config(name, cfg, preprocess)
-    tokenizer = _tokenizer(name, cfg, model)
+    tokenizer = _tokenizer(cfg, model.text)
     note = {"open_clip": {"name": name, "tag": tag, "model_cfg": cfg, "preprocess_cfg": preprocess}}
     origin = Origin(source, model, tokenizer, contrastive=contrastive_config(cfg), note=note)
     if weights:
@@ -181,33 +182,32 @@ def _repository(
     return found["model_cfg"], {**default, **found.get("preprocess_cfg", {})}, file
 
 
-def _tokenizer(name: str, cfg: dict[str, Any], model: ModelConfig) -> Tokenizer:
-    """CLIP's, or a Hugging Face one with its serialisation inside, or only its name where it cannot be had now."""
-    from mm.adapters.hub_tokenizer import HubTokenizer
+def _tokenizer(cfg: dict[str, Any], text: TextConfig) -> Tokenizer:
+    known = cfg["text_cfg"].get("hf_tokenizer_name")
+    return hub_tokenizer(known, cfg["text_cfg"].get("tokenizer_kwargs") or {}, text) if known else ClipTokenizer()
 
-    text = cfg["text_cfg"]
-    known = text.get("hf_tokenizer_name")
-    if not known:
-        return ClipTokenizer()
-    options = text.get("tokenizer_kwargs") or {}
-    clean = options.get("clean", "whitespace")
-    size = model.text.vocab_size
+
+def hub_tokenizer(known: str, options: dict[str, Any], text: TextConfig) -> Tokenizer:
+    """A Hugging Face tokenizer with its serialisation inside, or only its name where it cannot be had now.
+
+    `text.pad_id` becomes its padding. Raises ConfigError where it has more ids than the embedding has rows.
+    """
+    clean, size = options.get("clean", "whitespace"), text.vocab_size
     try:
         from transformers import AutoTokenizer
 
         fast = pretrained(AutoTokenizer, known)
     except (ImportError, OSError, ValueError):  # text is refused later, by name; token ids work
-        model.text.pad_id = 1 if "SigLIP" in known and "SigLIP2" not in known else model.text.pad_id
+        text.pad_id = 1 if "SigLIP" in known and "SigLIP2" not in known else text.pad_id
         return HubTokenizer(known, size, clean=clean)
-    blank = fast.sep_token_id if options.get("strip_sep_token") else None
-    model.text.pad_id = int(fast.pad_token_id or 0)
-    tokenizer = HubTokenizer(known, len(fast), fast.backend_tokenizer.to_str(), clean, blank)
     if len(fast) > size:
         raise ConfigError(
-            f"{name}: the tokenizer {known} has {len(fast)} ids and the text embedding {size} rows; they do not fit"
+            f"{known}: the tokenizer has {len(fast)} ids and the text embedding {size} rows; they do not fit"
         )
-    tokenizer.vocab_size = size  # the embedding's, which may have spare rows
-    return tokenizer
+    text.pad_id = int(fast.pad_token_id or 0)
+    blank = fast.sep_token_id if options.get("strip_sep_token") else None
+    # as many ids as the embedding has rows, of which some may be spare
+    return HubTokenizer(known, size, fast.backend_tokenizer.to_str(), clean, blank)
 
 
 def _first(error: Exception) -> str:

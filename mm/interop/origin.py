@@ -29,6 +29,7 @@ class Origin:
     note: dict[str, Any] = field(default_factory=dict)
     train: TrainConfig | None = None  # of the run that made it, where mm did
     parts: tuple[str, ...] = ("image", "text")  # the modalities that it brings
+    fresh: tuple[str, ...] = ()  # begins the names of what it does not bring, and a run initialises
 
     def config(self) -> TrainConfig:
         """The config that a model loaded from here carries."""

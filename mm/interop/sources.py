@@ -9,7 +9,7 @@ from mm.config import ConfigError
 from mm.fields import suggestion
 from mm.interop.origin import Origin
 
-FORMS = "a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, timm:NAME"
+FORMS = "a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, timm:NAME, hf:NAME"
 
 
 def read(source: str | os.PathLike[str], weights: bool = True, size: int = 0) -> Origin:
@@ -18,7 +18,7 @@ def read(source: str | os.PathLike[str], weights: bool = True, size: int = 0) ->
     `size`: pixels a side that a timm backbone is built for, instead of its own.
 
     A run folder or a released folder of mm; `open_clip:` as in `mm.interop.open_clip.read`; `timm:` as in
-    `mm.interop.timm.read`. Raises ConfigError naming what is wrong with it.
+    `mm.interop.timm.read`; `hf:` as in `mm.interop.huggingface.read`. Raises ConfigError naming what is wrong with it.
     """
     name = os.fspath(source)
     scheme, colon, _ = name.partition(":")
@@ -41,7 +41,13 @@ def _timm(name: str, weights: bool, size: int) -> Origin:
     return run(name, weights, size)
 
 
-READERS: dict[str, Any] = {"open_clip": _open_clip, "timm": _timm}
+def _hugging_face(name: str, weights: bool, _size: int) -> Origin:
+    from mm.interop.huggingface import read as run
+
+    return run(name, weights)
+
+
+READERS: dict[str, Any] = {"open_clip": _open_clip, "timm": _timm, "hf": _hugging_face}
 
 
 def _mm(name: str, weights: bool) -> Origin:

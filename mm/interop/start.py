@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mm import settings
 from mm.config import ConfigError, ImageConfig, ModelConfig, TrainConfig
@@ -53,9 +53,9 @@ class Start:
             count = 0
             for prefix in [prefix for part in names for prefix in PREFIXES[part]]:
                 tensors = self._fitting(origin, prefix)
-                if tensors or not _fresh(step.model.config, prefix):
-                    keep = prefix + "proj." if _fresh(step.model.config, prefix) else None
-                    _fill_part(step.model, tensors, source, prefix, keep)
+                own = step.model.state_dict()
+                kept = {name: own[name] for name in own if name.startswith(origin.fresh)} if origin.fresh else {}
+                fill(step.model, {**{n: t for n, t in kept.items() if n.startswith(prefix)}, **tensors}, source, prefix)
                 count += sum(tensor.numel() for tensor in tensors.values())
             lines.append(f"{' and '.join(names)} from {source}: {count / 1e6:.1f} M weights")
             if source == self.config.start.model:
@@ -132,35 +132,15 @@ def _width(found: Start, model: ModelConfig) -> None:
     widths = {}
     for part, source in found.parts.items():
         origin = found.known[source]
-        if part == "denoiser":
+        if part == "denoiser" or not origin.fresh:
             widths[part] = origin.model.embed_dim
-        elif _backbone(origin):
+        elif part == "image":
             model.image.proj = "linear"
-        else:
-            widths[part] = origin.model.embed_dim
     if len(set(widths.values())) > 1:
         told = ", ".join(f"start.{part} = {found.parts[part]} has {width}" for part, width in widths.items())
         raise ConfigError(f"embeddings of different width: {told}; choose sources of one width")
     if widths:
         model.embed_dim = next(iter(widths.values()))
-
-
-def _backbone(origin: Origin) -> bool:
-    """Whether a source has features but no shared space to project them to."""
-    return origin.parts == ("image",)
-
-
-def _fresh(model: ModelConfig, prefix: str) -> bool:
-    """Whether what lies under a prefix has a projection of its own that no source brings."""
-    tower = model.image.tower
-    return prefix.endswith(".image.") and tower is not None and tower.library == "timm"
-
-
-def _fill_part(model: Any, tensors: dict[str, Tensor], source: str, prefix: str, keep: str | None) -> None:
-    if keep is not None:  # its projection stays as it was initialised
-        own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(keep)}
-        tensors = {**own, **tensors}
-    fill(model, tensors, source, prefix)
 
 
 def _scales(step: TrainStep, origin: Origin) -> None:

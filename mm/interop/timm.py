@@ -52,6 +52,7 @@ def read(source: str, weights: bool = True, size: int = 0) -> Origin:
     model = ModelConfig(embed_dim=width, image=image, text=text, denoiser=None)
     note = {"timm": {"name": name, "data": {key: str(value) for key, value in data.items()}}}
     origin = Origin(source, model, ClipTokenizer(), contrastive=ContrastiveConfig(), note=note, parts=("image",))
+    origin.fresh = ("encoders.image.proj.",)
     if weights:
         origin.tensors = _weights(source, name, file, trunk, options)
     return origin

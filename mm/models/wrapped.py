@@ -94,6 +94,9 @@ class OpenClipText(Wrapped):
             if "hf_config" in options:
                 Path(folder, "config.json").write_text(json.dumps(options["hf_config"]), encoding="utf-8")
                 text["hf_model_name"] = folder
+                width = options["hf_config"].get("hidden_size") or options["hf_config"].get("d_model")
+                if text.get("hf_proj_type") is None and width != embed_dim:
+                    text["hf_proj_type"] = "linear"  # open_clip's adapter would have none, and fail
             self.text: Any = _build_text_tower(embed_dim, text, options.get("quick_gelu", False))
         inner = getattr(self.text, "config", None)  # a Hugging Face model's
         self.width = int(self.text.width if inner is None else getattr(inner, "hidden_size", 0) or inner.d_model)

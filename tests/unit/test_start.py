@@ -152,3 +152,36 @@ def test_what_does_not_fit_is_refused_by_name(clip: str, tmp_path: Path) -> None
     lonely.start.size = 64
     with pytest.raises(ConfigError, match="start.size = 64"):
         validate(lonely)
+
+
+def test_a_hugging_face_text_encoder_comes_from_a_folder(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    import mm
+
+    words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words.train_from_iterator(
+        ["red heart", "blue car"], trainers.WordPieceTrainer(vocab_size=60, special_tokens=special)
+    )
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, **names)
+    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}
+    theirs = randomised(BertModel(BertConfig(vocab_size=60, **shape), add_pooling_layer=False))
+    theirs.save_pretrained(tmp_path / "bert")
+    fast.save_pretrained(tmp_path / "bert")
+
+    batch = fast(["red heart", "blue"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = theirs(**batch).last_hidden_state
+    real = batch["attention_mask"][..., None].float()
+    wanted = torch.nn.functional.normalize((hidden * real).sum(1) / real.sum(1), dim=-1)
+    source = f"hf:{tmp_path / 'bert'}"
+    assert torch.allclose(mm.load(source).encode(text=["red heart", "blue"])["text"], wanted, atol=1e-6)
+    step = begun(config(tmp_path, text=source))
+    assert same(step, read(source), "encoders.text")
+    assert step.model.encoders["text"].text.proj.weight.shape == (128, 48)  # into the run's own space
