@@ -131,11 +131,26 @@ class DenoiserConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class ModalityConfig:
+    """A modality beside image and text: anybody's adapter before one of mm's own encoders. See docs/adapters.md."""
+
+    name: str  # of the input, the metrics, and the argument of `encode`
+    adapter: str  # "package.module:Class", a subclass of mm.adapters.base.Adapter that is given this
+    width: int = 192
+    depth: int = 4
+    heads: int = 3
+    mlp_ratio: float = 4.0
+    pool: Literal["mean", "cls", "last"] = "mean"  # cls: the first token; last: the last that the mask shows
+    options: str = "{}"  # JSON object: the adapter's own settings
+
+
+@dataclass(slots=True, kw_only=True)
 class ModelConfig:
     embed_dim: int = 128  # width of the shared embedding space
     image: ImageConfig = field(default_factory=ImageConfig)
     text: TextConfig = field(default_factory=TextConfig)
     denoiser: DenoiserConfig | None = field(default_factory=DenoiserConfig)
+    modalities: tuple[ModalityConfig, ...] = ()  # more of them; set in the config file only
 
 
 @dataclass(slots=True, kw_only=True)
@@ -157,6 +172,7 @@ class StartConfig:
 class ContrastiveConfig:
     weight: float = 1.0
     kind: Literal["softmax", "sigmoid"] = "softmax"
+    pairs: str = "all"  # of modalities, whose losses are averaged: all, or some, as in image-text,depth-text
     init_scale: float = 10.0  # initial logit scale (factor, not log)
     init_bias: float = -10.0  # sigmoid only
     max_scale: float = 100.0

@@ -11,7 +11,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 def section(hint: Any) -> Any:
     """The config dataclass behind a field's type `X` or `X | None`; None where the field is a plain value."""
+    if get_origin(hint) is tuple:
+        return None
     return next((kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+
+
+def element(hint: Any) -> Any:
+    """The config dataclass `X` of a field of the type `tuple[X, ...]`; None for any other."""
+    kinds = get_args(hint) if get_origin(hint) is tuple else ()
+    return kinds[0] if kinds and dataclasses.is_dataclass(kinds[0]) else None
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -31,6 +39,8 @@ def describe(hint: Any) -> str:
         return f"{section(hint).__name__}(...)" + (" or None" if type(None) in get_args(hint) else "")
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
+    if element(hint):
+        return f"a list of {element(hint).__name__}(...)"
     if get_origin(hint) is tuple:
         return f"{len(get_args(hint))} {get_args(hint)[0].__name__}s"
     names = {int: "an int", float: "a finite float", bool: "True or False", str: "a string", type(None): "None"}
@@ -44,6 +54,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
     if get_origin(hint) is Literal:
         return value in get_args(hint)
+    if element(hint):
+        return isinstance(value, tuple) and all(isinstance(item, element(hint)) for item in value)
     if get_origin(hint) is tuple:
         kinds = get_args(hint)
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(fits, value, kinds))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from mm.config import ConfigError, ModelConfig, TrainConfig
 from mm.fields import describe, fits, leaves
+from mm.rules_modalities import validate_modalities
 
 # What a number must be, the test for it, and the fields it holds for (every element of a tuple).
 RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
@@ -66,6 +67,7 @@ def validate(config: TrainConfig) -> None:
                 raise ConfigError(f"{name} = {value}: must be {text}")
     _validate_model(config.model)
     _validate_data(config)
+    validate_modalities(config)
     _validate_objectives(config)
     divides(config, 1)
 

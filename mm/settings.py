@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 import mm.config as schema
 from mm.config import VERSION, ConfigError, TrainConfig
-from mm.fields import describe, fits, leaves, section, suggestion, tree
+from mm.fields import describe, element, fits, leaves, section, suggestion, tree
 
 # What may differ between a checkpoint and the run that resumes from it; a section stands for all its fields.
 MAY_CHANGE = frozenset(
@@ -80,6 +80,8 @@ def override(config: TrainConfig, argv: Sequence[str]) -> TrainConfig:
             spelt = [other.replace("_", "-") if "-" in flag[2:] else other for other in known]
             hint = suggestion(flag[2:], spelt, "--") or "; `mm train CONFIG --help` lists them"
             raise ConfigError(f"{flag}: no such field{hint}")
+        if element(known[name]):
+            raise ConfigError(f"{flag}: is set in the config file only, as a tuple of {element(known[name]).__name__}")
         if section(known[name]):
             _switch(config, flag, name, known[name], words)
         else:
@@ -173,12 +175,21 @@ def _build(kind: Any, data: Any, prefix: str) -> Any:
         hint = hints[name]
         if section(hint) and not (value is None and fits(None, hint)):
             value = _build(section(hint), value, f"{prefix}{name}.")
+        elif element(hint) and isinstance(value, list):
+            value = tuple(_build(element(hint), item, f"{prefix}{name}[{i}].") for i, item in enumerate(value))
         elif isinstance(value, list):
             value = tuple(value)
         if not fits(value, hint):
             raise ConfigError(f"{prefix}{name} = {value!r}: must be {describe(hint)}")
         values[name] = value
+    lacking = [item.name for item in dataclasses.fields(kind) if item.name not in values and _required(item)]
+    if lacking:
+        raise ConfigError(f"{prefix}{lacking[0]}: is missing, and has no default; add it")
     return kind(**values)
+
+
+def _required(item: dataclasses.Field[Any]) -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
 def save(config: TrainConfig, path: str | os.PathLike[str]) -> None:

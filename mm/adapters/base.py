@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,9 @@ from mm.types import Batch, Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+EXTENSION = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,63}\Z")  # of a shard's members, as a `source` names it
 
 
 class Processor:

@@ -6,12 +6,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
-from mm.adapters.base import Processor
+from mm.adapters.base import EXTENSION, Processor
 from mm.config import ConfigError
 from mm.data.background import in_thread, in_workers
 from mm.data.batches import Batches, Made
 from mm.data.index import Entry
-from mm.data.members import EXTENSION
 from mm.data.reader import Reader
 from mm.data.sources import Access, by_likeness, open_sources
 from mm.types import Batch

@@ -6,7 +6,6 @@ these, before, between or behind them. So shards that were indexed long ago need
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,8 +14,6 @@ from mm.data.tar import Scan, Source
 
 if TYPE_CHECKING:
     from mm.data.index import ShardIndex
-
-EXTENSION = re.compile(r"^[a-z0-9_][a-z0-9_.-]{0,63}$")
 
 
 class Beside(NamedTuple):

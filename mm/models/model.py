@@ -13,6 +13,7 @@ from mm.adapters.text import IdsAdapter, TextAdapter, TextProcessor
 from mm.models.denoiser import Denoiser, gather_condition
 from mm.models.encoder import image_encoder, text_encoder
 from mm.models.init import init_weights
+from mm.models.modality import modality
 
 if TYPE_CHECKING:
     from mm.adapters.base import Adapter, Processor
@@ -45,6 +46,8 @@ class Model(nn.Module):
                 "text": text_encoder(text, config.embed_dim),
             }
         )
+        for extra in config.modalities:
+            self.adapters[extra.name], self.encoders[extra.name] = modality(extra, config.embed_dim)
         self.latents = PixelSpace(image.size)
         self.denoiser = None
         if config.denoiser is not None:

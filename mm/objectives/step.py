@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from mm.adapters.named import import_adapters
 from mm.models.model import Model
 from mm.objectives.align import Align
 from mm.objectives.base import Objective
 from mm.objectives.contrastive import Contrastive
 from mm.objectives.diffusion import Diffusion
+from mm.rules_modalities import modality_names, pairs_of
 from mm.types import Batch, Encoded, Loss, Tokens
 
 if TYPE_CHECKING:
@@ -164,12 +166,18 @@ class TrainStep(nn.Module):
 
 
 def build_step(config: TrainConfig, tokenizer: Tokenizer) -> TrainStep:
-    """The model and the enabled objectives of a config, freshly initialised from torch's global generator."""
+    """The model and the enabled objectives of a config, freshly initialised from torch's global generator.
+
+    Imports the modules of the config's adapters: what is trained was described by a Python file, which is code too.
+    """
+    import_adapters(config.model.modalities)
     model = Model(config.model, tokenizer)
     wanted = config.objectives
     objectives: dict[str, Objective] = {}
     if wanted.contrastive is not None:
-        objectives["contrastive"] = Contrastive(wanted.contrastive)
+        objectives["contrastive"] = Contrastive(
+            wanted.contrastive, pairs_of(wanted.contrastive.pairs, modality_names(config.model))
+        )
     if wanted.diffusion is not None:
         objectives["diffusion"] = Diffusion(wanted.diffusion, wanted.align.block if wanted.align else None)
     if wanted.align is not None and wanted.diffusion is not None:  # after diffusion, whose tokens it reads

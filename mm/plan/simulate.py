@@ -63,6 +63,11 @@ def simulate(config: TrainConfig, gpus: int = 1, caption_tokens: int | None = No
     context by default: training packs real captions, whose lengths a plan cannot know. Raises ConfigError for a batch
     or a sharding that does not come out even.
     """
+    if config.model.modalities:
+        raise ConfigError(
+            f"model.modalities: {config.model.modalities[0].name}: mm plan cannot know what its loader yields; "
+            "plan without it"
+        )
     layout = layout_of(config.parallel, gpus)
     divides(config, gpus)
     accumulate = config.optim.accumulate
