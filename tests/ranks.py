@@ -65,9 +65,9 @@ class Team:
 
 
 def _member(rank: int, size: int, port: int, pipe: Connection) -> None:
-    from mm.training import loop
+    from mm.training import prepare
 
-    loop.matrix_rate = lambda *_: 1e9  # type: ignore[assignment] # measuring takes seconds, and only mfu follows from it
+    prepare.matrix_rate = lambda *_: 1e9  # type: ignore[assignment] # measuring takes seconds, and only mfu follows from it
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     torch.set_num_threads(1)
