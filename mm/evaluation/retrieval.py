@@ -21,16 +21,20 @@ def ranks(queries: Tensor, bank: Tensor, block: int = 1024) -> Tensor:
     return torch.cat(found).float()
 
 
-def recall(images: Tensor, texts: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+def recall(
+    images: Tensor, texts: Tensor, ks: Sequence[int] = (1, 5, 10), names: tuple[str, str] = ("image", "text")
+) -> dict[str, float]:
     """`image_to_text@k` and `text_to_image@k`: the share of unit-norm `[N, E]` rows whose partner is among k nearest.
 
-    Raises ValueError where the two differ in shape or hold nothing.
+    `names` of two other modalities are used in their place. Raises ValueError where the two differ in shape or hold
+    nothing.
     """
     if images.shape != texts.shape or not len(images):
         raise ValueError(
-            f"recall: images {list(images.shape)} and texts {list(texts.shape)} must be pairs, at least one"
+            f"recall: {names[0]}s {list(images.shape)} and {names[1]}s {list(texts.shape)} must be pairs, at least one"
         )
-    directions = {"image_to_text": ranks(images, texts), "text_to_image": ranks(texts, images)}
+    one, other = names
+    directions = {f"{one}_to_{other}": ranks(images, texts), f"{other}_to_{one}": ranks(texts, images)}
     return {f"{name}@{k}": float((rank < k).float().mean()) for name, rank in directions.items() for k in ks}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mm.config import ConfigError
 from mm.evaluation import samples
+from mm.evaluation.added import retrieval_with
 from mm.evaluation.images import pixel_rank, write_whole
 from mm.evaluation.inference import Inference
 from mm.evaluation.retrieval import recall
@@ -90,6 +91,7 @@ def evaluate(
         held_out=read.within(set(map(os.path.abspath, held_out))),
         candidates=read.within(set(map(os.path.abspath, reference))),
         left_out=samples.left_out_names(reference),
+        files=held_out,
         settings={"limit": limit, "steps": steps, "guidance": guidance, "solver": "euler", "seed": seed}
         | {"precision": precision},
         progress=progress,
@@ -126,6 +128,7 @@ class Job:
     held_out: list[int]
     candidates: list[int]
     left_out: list[str]
+    files: list[str]  # of the held-out shards
     settings: dict[str, Any]
     progress: bool
 
@@ -160,9 +163,13 @@ def _zero_shot(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _retrieval(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Recall among the held-out pairs, both ways."""
-    found = recall(job.pictures(job.held_out), job.texts(job.captions(job.held_out)))
-    return {"pairs": len(job.held_out), **found}
+    """Recall among the held-out pairs, both ways; in `modalities` also of those that the config adds."""
+    pooled = {"image": job.pictures(job.held_out), "text": job.texts(job.captions(job.held_out))}
+    found: dict[str, Any] = {"pairs": len(job.held_out), **recall(pooled["image"], pooled["text"])}
+    if job.inference.config.model.modalities:
+        names = [(job.samples.shards[place], job.samples.keys[place]) for place in job.held_out]
+        found["modalities"] = retrieval_with(job.inference, job.files, names, pooled, progress=job.progress)
+    return found
 
 
 def _generation(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -249,5 +256,7 @@ def summary(result: dict[str, Any]) -> str:
         f"{title:<40} {100 * share.value:5.1f} % ± {100 * share.error:.1f}  (n = {share.n})"
         for title, share in headlines(result).items()
     ]
-    lines += [f"{name:<40} {100 * value:5.1f} %" for name, value in result.get("retrieval", {}).items() if "@" in name]
+    retrieval = result.get("retrieval", {})
+    recalls = {**retrieval, **retrieval.get("modalities", {})}
+    lines += [f"{name:<40} {100 * value:5.1f} %" for name, value in recalls.items() if "@" in name]
     return "\n".join(lines)

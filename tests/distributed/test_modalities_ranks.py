@@ -13,7 +13,7 @@ from mm.distributed.parallelize import parallelize
 from mm.distributed.world import World
 from ranks import Trained
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 
 def gradients(world: World, kind: str, strategy: Any, accumulate: int) -> dict[str, Tensor]:

@@ -20,11 +20,13 @@ from mm import config as settings
 from mm.config import TrainConfig
 from mm.data.build import openmoji
 from mm.data.tar import File, Scan, open_file
+from mm.evaluation.run import evaluate, summary
 from mm.training import prepare
 from mm.training.loop import run
 from runs import records, same
 from tars import write
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
 EXAMPLE, CONFIG = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[:2]
@@ -108,8 +110,7 @@ def test_a_resumed_run_is_the_same_run(work: Path, finished: Path) -> None:
 
 def test_the_loaded_model_encodes_it(work: Path, finished: Path) -> None:
     model = mm.load(finished)
-    (shard,) = (work / "shards").glob("train-000000.tar")
-    with tarfile.open(shard) as tar:
+    with tarfile.open(work / "shards" / "train-000000.tar") as tar:
         names = [name for name in tar.getnames() if name.endswith(".depth.png")][:3]
         raw = [tar.extractfile(name).read() for name in names]  # type: ignore[union-attr]
     pictures = [Image.open(io.BytesIO(data)) for data in raw]
@@ -118,6 +119,17 @@ def test_the_loaded_model_encodes_it(work: Path, finished: Path) -> None:
     assert torch.equal(found["depth"][1:2], model.encode(depth=raw[1:2])["depth"])  # alike, whatever else is there
     with pytest.raises(ValueError, match=r"depth\[1\]: not a JPEG, PNG or WebP image"):
         model.encode(depth=[raw[0], b"no picture"])
+
+
+def test_evaluation_measures_retrieval_between_every_two(work: Path, finished: Path) -> None:
+    result = evaluate(finished, data=str(work / "shards" / "train-*.tar"), tasks=["retrieval"], precision="fp32")
+    found = result["retrieval"]["modalities"]
+    assert found["pairs"] == result["held_out"] > 40
+    chance = 1 / found["pairs"]
+    for one, other in (("image", "depth"), ("depth", "image"), ("text", "depth"), ("depth", "text")):
+        assert found[f"{one}_to_{other}@5"] > 5 * chance, (one, other)
+    plain = evaluate(finished, data=str(work / "plain" / "val-*.tar"), tasks=["retrieval"])  # without the member
+    assert plain["retrieval"]["modalities"] == {"pairs": 0} and summary(plain)
 
 
 REFUSED_THEN_LOADED = """
