@@ -59,7 +59,7 @@ def _validate_modality(modality: ModalityConfig, where: str) -> None:
 
 
 def modality_names(model: ModelConfig) -> list[str]:
-    """All that a model encodes, in order."""
+    """Of all that a model encodes, in order."""
     return ["image", "text", *(modality.name for modality in model.modalities)]
 
 

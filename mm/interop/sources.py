@@ -8,6 +8,7 @@ from typing import Any
 from mm.config import ConfigError
 from mm.fields import suggestion
 from mm.interop.origin import Origin
+from mm.rules_modalities import modality_names
 
 FORMS = "a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, timm:NAME, hf:NAME"
 
@@ -57,4 +58,6 @@ def _mm(name: str, weights: bool) -> Origin:
     state, tokenizer, config, note = read_export(find_export(name))
     tensors = {key.removeprefix("model."): tensor for key, tensor in state.items()} if weights else {}
     objectives = config.objectives
-    return Origin(name, config.model, tokenizer, tensors, objectives.contrastive, objectives.diffusion, note, config)
+    found = Origin(name, config.model, tokenizer, tensors, objectives.contrastive, objectives.diffusion, note, config)
+    found.parts = tuple(modality_names(config.model))
+    return found

@@ -65,8 +65,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def config(work: Path, name: str) -> TrainConfig:
     """The page's, with what a command line would replace."""
-    flags = {"data.train": work / "shards" / "train-*.tar", "run.dir": work / name, "run.steps": 16}
-    flags |= {"optim.lr": 3e-3, "checkpoint.background": False, "parallel.threads": 1}
+    flags = {"data.train": work / "shards" / "train-*.tar", "run.dir": work / name, "run.steps": 12, "optim.lr": 3e-3}
+    flags |= {"checkpoint.every": 4, "checkpoint.background": False, "parallel.threads": 1}
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     made = settings.override(settings.load(work / "config.py"), words)
     settings.validate(made)
@@ -95,7 +95,7 @@ def test_every_pair_learns(finished: Path) -> None:
 class Breaks:
     """A callback that ends the run as a bug would."""
 
-    every = 7
+    every = 5
 
     def part(self, context: object) -> object:
         raise RuntimeError("broken off")
