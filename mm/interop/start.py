@@ -35,7 +35,7 @@ class Start:
     """The sources of a run's first weights, by part."""
 
     config: TrainConfig
-    parts: dict[str, str] = field(default_factory=dict)  # image | text | denoiser -> source
+    parts: dict[str, str] = field(default_factory=dict)  # image | text | denoiser | an added modality -> source
     tokenizer: Tokenizer | None = None
     known: dict[str, Origin] = field(default_factory=dict)
 
@@ -51,7 +51,7 @@ class Start:
             origin = self.known[source]
             names = [part for part, where in self.parts.items() if where == source]
             count = 0
-            for prefix in [prefix for part in names for prefix in PREFIXES[part]]:
+            for prefix in [prefix for part in names for prefix in _prefixes(part)]:
                 tensors = self._fitting(origin, prefix)
                 own = step.model.state_dict()
                 kept = {name: own[name] for name in own if name.startswith(origin.fresh)} if origin.fresh else {}
@@ -90,7 +90,9 @@ def resolve(config: TrainConfig, weights: bool = True) -> Start:
         saved = settings.read(folder / "config.json")
         if saved.start != config.start:
             raise
-        config.model, config.objectives.contrastive = saved.model, saved.objectives.contrastive
+        # whose adapters are imported is said by the run's Python file, never by what is read
+        config.model = replace(saved.model, modalities=config.model.modalities)
+        config.objectives.contrastive = saved.objectives.contrastive
         return Start(config)
 
 
@@ -114,6 +116,8 @@ def _resolved(config: TrainConfig, weights: bool) -> Start:
         if part in OF_THE_RUN:
             theirs = replace(theirs, **{name: getattr(getattr(model, part), name) for name in OF_THE_RUN[part]})
         setattr(model, part, theirs)
+    brought = found.known[start.model].parts if start.model in found.known else ()
+    found.parts |= {modality.name: start.model for modality in model.modalities if modality.name in brought}
     if "text" in found.parts:
         found.tokenizer = found.known[found.parts["text"]].tokenizer
         check_tokenizer(found.parts["text"], model, found.tokenizer)
@@ -125,6 +129,11 @@ def _resolved(config: TrainConfig, weights: bool) -> Start:
         mine.kind, mine.init_scale, mine.init_bias = theirs.kind, theirs.init_scale, theirs.init_bias
         mine.max_scale = max(mine.max_scale, theirs.init_scale)
     return found
+
+
+def _prefixes(part: str) -> tuple[str, ...]:
+    """How the names of a part's tensors begin; of an added modality's as of image and text."""
+    return PREFIXES.get(part, (f"adapters.{part}.", f"encoders.{part}."))
 
 
 def _width(found: Start, model: ModelConfig) -> None:

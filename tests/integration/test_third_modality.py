@@ -21,6 +21,8 @@ from mm.config import TrainConfig
 from mm.data.build import openmoji
 from mm.data.tar import File, Scan, open_file
 from mm.evaluation.run import evaluate, summary
+from mm.interop.start import resolve
+from mm.objectives.step import build_step
 from mm.training import prepare
 from mm.training.loop import run
 from runs import records, same
@@ -130,6 +132,17 @@ def test_evaluation_measures_retrieval_between_every_two(work: Path, finished: P
         assert found[f"{one}_to_{other}@5"] > 5 * chance, (one, other)
     plain = evaluate(finished, data=str(work / "plain" / "val-*.tar"), tasks=["retrieval"])  # without the member
     assert plain["retrieval"]["modalities"] == {"pairs": 0} and summary(plain)
+
+
+def test_another_run_may_start_from_it(work: Path, finished: Path) -> None:
+    made = config(work, "next")
+    made.start.model = str(finished)
+    start = resolve(made)
+    assert start.tokenizer is not None
+    step = build_step(made, start.tokenizer)
+    assert "image and text and denoiser and depth from" in start.fill(step)[0]
+    theirs, ours = mm.load(finished).inference.model.state_dict(), step.model.state_dict()
+    assert theirs.keys() == ours.keys() and all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
 
 
 REFUSED_THEN_LOADED = """
