@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mm.adaptation.lora import compose
 from mm.config import ConfigError, TrainConfig
 from mm.diffusion.sampler import Solver
 from mm.evaluation.inference import Inference
@@ -81,10 +82,13 @@ class LoadedModel:
         return self.inference.processor("image").render(pixels)
 
 
-def load(source: str | os.PathLike[str], *, device: str = "auto") -> LoadedModel:
+def load(
+    source: str | os.PathLike[str], *, adapter: str | os.PathLike[str] | None = None, device: str = "auto"
+) -> LoadedModel:
     """The model of a run folder (its `export/`), of a released folder, or of another library, in float32.
 
     `open_clip:NAME/TAG`, `open_clip:NAME@FILE.safetensors` and the other forms of `mm.interop.sources.read`.
+    `adapter`: a folder with LoRA matrices trained beside it (a run's `export/adapter`), which are merged into it.
     `device`: "auto" is a CUDA device where there is one, else the CPU. Raises ConfigError naming what is wrong.
     """
     name = os.fspath(source)
@@ -92,7 +96,10 @@ def load(source: str | os.PathLike[str], *, device: str = "auto") -> LoadedModel
         raise ConfigError(f"{name}: this version of mm cannot load it yet; give a run folder or a released folder")
     where = _device(device)
     origin = read(name)
-    return LoadedModel(origin.build().float().to(where), origin.config(), origin.extras(), origin.note)
+    model = origin.build().float()
+    if adapter is not None:
+        compose(model, adapter)
+    return LoadedModel(model.to(where), origin.config(), origin.extras(), origin.note)
 
 
 def _device(name: str) -> torch.device:

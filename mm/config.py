@@ -211,6 +211,21 @@ class ObjectivesConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class AdaptConfig:
+    """What trains of each part: all | locked | first:N | last | bias | lora.
+
+    first:N freezes the embedding and the first N blocks, last everything before the last block; bias trains biases
+    only, lora only small matrices beside those of the blocks.
+    """
+
+    image: str = "all"
+    text: str = "all"
+    denoiser: str = "all"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0  # the product of the small matrices is added times alpha / rank
+
+
+@dataclass(slots=True, kw_only=True)
 class OptimConfig:
     name: Literal["adamw", "muon"] = "adamw"  # muon: Muon on the matrices, AdamW on the rest
     lr: float = 1e-3  # AdamW's
@@ -267,6 +282,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     start: StartConfig = field(default_factory=StartConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 from mm.config import ConfigError, ModelConfig, TrainConfig
 from mm.fields import describe, fits, leaves
@@ -18,7 +20,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "model.image.width model.image.depth model.image.heads model.text.vocab_size model.text.context_length "
         "model.text.width model.text.depth model.text.heads model.denoiser.patch model.denoiser.width "
         "model.denoiser.depth model.denoiser.heads objectives.diffusion.copies objectives.align.block "
-        "optim.muon_steps optim.accumulate checkpoint.keep health.spike_window health.most",
+        "adapt.lora_rank optim.muon_steps optim.accumulate checkpoint.keep health.spike_window health.most",
     ),
     (
         "0 or more",
@@ -39,7 +41,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "model.image.mlp_ratio model.image.std model.text.mlp_ratio "
         "objectives.contrastive.init_scale objectives.contrastive.max_scale "
         "objectives.diffusion.sigma_std objectives.diffusion.noise_scale objectives.diffusion.shift optim.lr "
-        "optim.muon_lr optim.clip parallel.timeout",
+        "adapt.lora_alpha optim.muon_lr optim.clip parallel.timeout",
     ),
     (
         "between 0 and 1",
@@ -69,6 +71,7 @@ def validate(config: TrainConfig) -> None:
     _validate_data(config)
     validate_modalities(config)
     _validate_objectives(config)
+    _validate_adapt(config)
     divides(config, 1)
 
 
@@ -138,6 +141,30 @@ def _validate_objectives(config: TrainConfig) -> None:
         raise ConfigError(
             f"objectives.align.block = {align.block}: there are only model.denoiser.depth = {depth} blocks; "
             f"set {depth} or less"
+        )
+
+
+def _validate_adapt(config: TrainConfig) -> None:
+    adapt, model = config.adapt, config.model
+    parts: tuple[tuple[str, str, Any], ...] = (
+        ("image", adapt.image, model.image),
+        ("text", adapt.text, model.text),
+        ("denoiser", adapt.denoiser, model.denoiser),
+    )
+    for name, mode, part in parts:
+        if not re.fullmatch(r"all|locked|first:\d{1,6}|last|bias|lora", mode):
+            raise ConfigError(f"adapt.{name} = {mode}: must be all, locked, first:N, last, bias or lora")
+        if part is None and mode not in ("all", "locked"):
+            raise ConfigError(f"adapt.{name} = {mode}: model.{name} = None; set adapt.{name} = all, or model.{name}")
+        own = part is not None and getattr(part, "tower", None) is None  # else its depth is seen when it is built
+        if own and mode.startswith("first:") and int(mode[6:]) > part.depth:
+            raise ConfigError(
+                f"adapt.{name} = {mode}: there are only model.{name}.depth = {part.depth} blocks; "
+                f"set first:{part.depth} or less"
+            )
+    if adapt.image == adapt.text == "locked" and (adapt.denoiser == "locked" or not config.objectives.diffusion):
+        raise ConfigError(
+            "adapt.image = adapt.text = locked: nothing is left to train; set one of adapt to all or lora"
         )
 
 

@@ -32,9 +32,13 @@ class Align(Objective):
         assert model.denoiser is not None
         self.weight, self.config, self.share = config.weight, config, diffusion.share
         self.project = nn.Conv2d(model.denoiser.width, model.width("image"), 3, padding=1)
+        self.changed(model)
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
+
+    def changed(self, model: Model) -> None:
+        """The teacher begins as what the model now has."""
         self.teacher = nn.ModuleList([copy.deepcopy(model.adapters["image"]), copy.deepcopy(model.encoders["image"])])
         self.teacher.requires_grad_(False)
-        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64))
 
     def forward(self, model: Model, batch: Batch, encoded: dict[str, Encoded]) -> Loss:
         assert model.denoiser is not None

@@ -23,5 +23,8 @@ class Objective(nn.Module):
     def forward(self, model: Model, batch: Batch, encoded: dict[str, Encoded]) -> Loss:
         raise NotImplementedError
 
+    def changed(self, model: Model) -> None:
+        """Called when the model got other weights or parts, before the first step."""
+
     def after_step(self, model: Model) -> None:
         """Called once after each optimizer step."""

@@ -30,6 +30,14 @@ class TrainStep(nn.Module):
         super().__init__()
         self.model = model
         self.objectives = nn.ModuleDict(objectives)
+        self.still: list[nn.Module] = []  # stay in evaluation mode; set by mm.adaptation
+
+    def train(self, mode: bool = True) -> TrainStep:
+        """Training or evaluation mode, but for what does not train."""
+        super().train(mode)
+        for module in self.still:
+            module.eval()
+        return self
 
     def forward(self, batch: Batch, fed: dict[str, Tensor] | None = None, accumulate: int = 1) -> Loss:
         """The weighted sum over the batch, with each objective's own value in the metrics.
@@ -138,7 +146,9 @@ class TrainStep(nn.Module):
         every objective reaches. Parameters' gradients are left alone.
         """
         encoded = self.model.encode(batch)
-        shared = {name: item.tokens.x for name, item in encoded.items()}
+        shared = {name: item.tokens.x for name, item in encoded.items() if item.tokens.x.requires_grad}
+        if not shared:  # all encoders are locked
+            return {}
         gradients: dict[str, dict[str, Tensor]] = {}
         for name in self.objectives:
             loss = self.combine(batch, encoded, [name])
@@ -158,6 +168,11 @@ class TrainStep(nn.Module):
                     scale = (ours.norm() * theirs.norm()).clamp_min(1e-30)
                     out[f"cosine/{modality}/{name}-{other}"] = (ours @ theirs / scale).item()
         return out
+
+    def changed(self) -> None:
+        """Let each objective know that the model got other weights or parts before training."""
+        for objective in self.objectives.values():
+            cast("Objective", objective).changed(self.model)
 
     def after_step(self) -> None:
         """Let each objective update what it keeps besides parameters."""

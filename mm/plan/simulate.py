@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mm.adaptation import apply
 from mm.config import ConfigError
 from mm.distributed.parallelize import blocks, recompute
 from mm.distributed.world import World
@@ -78,6 +79,7 @@ def simulate(config: TrainConfig, gpus: int = 1, caption_tokens: int | None = No
     tokens = _tokens(config, caption_tokens)
     with torch.device("meta"):
         step = build_step(config, cast("Any", types.SimpleNamespace(vocab_size=config.model.text.vocab_size)))
+        apply(step, config.adapt)
     if layout.shard > 1 and config.parallel.precision == "bf16_params":
         for block in blocks(step):
             for p in block.parameters():

@@ -107,8 +107,12 @@ class Optimizers:
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """A weight that Muon should orthogonalise: a matrix inside a block, but no modulation (it starts at zero)."""
-    return parameter.ndim == 2 and ".blocks." in name and "modulation" not in name
+    """A weight that Muon should orthogonalise: a matrix inside a block, but no modulation (it starts at zero).
+
+    Nor a factor of LoRA: the product is what counts, of which B starts at zero, and an update of both factors that is
+    as long in every direction would not be one of the product.
+    """
+    return parameter.ndim == 2 and ".blocks." in name and "modulation" not in name and ".lora_" not in name
 
 
 def is_table(name: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from mm.adaptation import apply
 from mm.adapters.text import Tokenizer, tokenizer_from_json
 from mm.config import TrainConfig
 from mm.data.buckets import aspect_shapes
@@ -52,15 +53,18 @@ def prepare(config: TrainConfig, callbacks: Sequence[Callback], world: World, st
     step_module = build_step(config, tokenizer)
     filled = start.fill(step_module) if start is not None else []
     step_module = step_module.to(device)
+    apply(step_module, config.adapt)
     loader = world.in_turn(lambda: _loader(config, step_module, world, device))
     flops, unused = count_flops(step_module, loader, config, device)
     parallel = parallelize(step_module, config.parallel, world, device, unused)
     trainer = Trainer(config, parallel, loader, device, world, callbacks, flops=flops)
     trainer.peak = matrix_rate(device, torch.float32 if config.parallel.precision == "fp32" else torch.bfloat16)
     parameters = sum(p.numel() for p in step_module.parameters())
+    trained = sum(p.numel() for p in step_module.parameters() if p.requires_grad)
+    part = f" ({trained / 1e6:.1f} M trained)" if trained < parameters else ""
     gflop = flops * world.size / 1e9
     lines = [
-        f"{parameters / 1e6:.1f} M parameters, {tokenizer.vocab_size} text tokens, {loader.samples} samples, "
+        f"{parameters / 1e6:.1f} M parameters{part}, {tokenizer.vocab_size} text tokens, {loader.samples} samples, "
         f"{gflop:,.{0 if gflop >= 10 else 2}f} GFLOP a step; this machine: {trainer.peak / 1e9:.0f} GFLOP/s "
         f"in {config.parallel.precision} matrix products on {device.type}",
         *filled,

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mm.adaptation import lora
 from mm.config import ConfigError, TrainConfig
 from mm.data.loader import Loader
 from mm.distributed.device import autocast
@@ -183,7 +184,13 @@ class Trainer:
         config = from_dict(to_dict(self.config))
 
         def export() -> None:
-            save_export(self.run_dir / "export", copies, config, tokenizer, note)
+            folder, adapt = self.run_dir / "export", config.adapt
+            base, factors = lora.split(copies)
+            merged = lora.merge(base, factors, adapt.lora_alpha / adapt.lora_rank)
+            save_export(folder, merged, config, tokenizer, note)
+            if factors:
+                own = {name.removeprefix("model."): t for name, t in copies.items() if name.startswith("model.")}
+                lora.save(folder / lora.FOLDER, own, adapt, note)
 
         scalars = {
             "order": self.order,

@@ -43,7 +43,7 @@ ROOMS = [
     },
 ]
 RANKS = {name: rank for rank, room in enumerate(ROOMS) for name in room}
-SLOW_TO_IMPORT = {"diffusers", "open_clip", "timm", "webdataset", "transformers", "tensorboard", "matplotlib"}
+SLOW_TO_IMPORT = {"diffusers", "open_clip", "timm", "webdataset", "transformers", "peft", "tensorboard", "matplotlib"}
 
 
 def module_of(path: Path) -> str:
