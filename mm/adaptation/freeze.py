@@ -27,11 +27,11 @@ def apply(step: TrainStep, config: AdaptConfig) -> None:
     matrices from torch's global generator. Raises ConfigError for what a tower does not have.
     """
     parts = _parts(step.model)
-    modes = {name: mode for name in parts if (mode := getattr(config, name, "all")) != "all"}
-    if targets := {
-        name: lora.linears(stack(parts[name]) or parts[name]) for name, mode in modes.items() if mode == "lora"
-    }:
-        lora.inject(step.model, targets, config)
+    asked = {"image": config.image, "text": config.text, "denoiser": config.denoiser}
+    modes = {name: asked[name] for name in parts if asked.get(name, "all") != "all"}
+    if adapted := [name for name, mode in modes.items() if mode == "lora"]:
+        found = {name: lora.linears(stack(parts[name]) or parts[name]) for name in adapted}
+        lora.inject(step.model, {name: lora.called(step.model, name, some) for name, some in found.items()}, config)
     for name, mode in modes.items():
         moving = _moving(name, mode, parts[name])
         for module in parts[name]:

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from mm.config import ConfigError
+from mm.models.wrapped import Wrapped
+from mm.types import Batch
 
 if TYPE_CHECKING:
     from mm.config import AdaptConfig
@@ -44,6 +47,30 @@ def linears(modules: list[nn.Module]) -> list[nn.Linear]:
     """The matrices that LoRA is put beside. Not those that torch's own attention reads without calling them."""
     found = [child for module in modules for child in module.modules() if isinstance(child, nn.Linear)]
     return [child for child in found if not isinstance(child, NonDynamicallyQuantizableLinear)]
+
+
+@torch.no_grad()
+def called(model: Model, name: str, found: list[nn.Linear]) -> list[nn.Linear]:
+    """Those of another library's tower that it calls: some read the weights of a layer, and LoRA would not be seen.
+
+    Found by encoding one example, in evaluation mode. Without data (on the meta device) all are taken.
+    """
+    if name not in model.encoders or not isinstance(model.encoders[name], Wrapped) or model.device.type == "meta":
+        return found
+    processor = model.processors(train=False)[name]
+    examples = {"image": Image.new("RGB", (64, 64)), "text": "a"}
+    tensor, lengths = processor.collate([processor.prepare(examples[name], train=False)] * 2)
+    batch = Batch({name: tensor}, {} if lengths is None else {name: lengths}).to(model.device)
+    seen: set[nn.Module] = set()
+    hooks = [module.register_forward_pre_hook(lambda module, _: seen.add(module)) for module in found]
+    training = model.training
+    try:
+        model.eval().encode(batch)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return [module for module in found if module in seen]
 
 
 def is_factor(name: str) -> bool:

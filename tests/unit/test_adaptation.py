@@ -15,19 +15,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import mm
 from mm import config as settings
 from mm.adaptation import apply, lora
 from mm.adaptation.freeze import stack
+from mm.adapters.image import PixelAdapter
 from mm.adapters.text import tokenizer_from_json, train_tokenizer
 from mm.config import AdaptConfig, AlignConfig, ConfigError, OptimConfig, TrainConfig
 from mm.models.export import save_export
+from mm.models.wrapped import Wrapped
 from mm.objectives.step import TrainStep, build_step
 from mm.plan.simulate import simulate
 from mm.training import loop
 from mm.training.optim import Optimizers
-from mm.types import Batch
+from mm.types import Batch, Encoded, Tokens
 from runs import same
 
 CAPTIONS = ["red heart", "blue heart", "cat face", "flag of France"]
@@ -205,6 +208,30 @@ def test_the_teacher_of_alignment_follows_an_adapted_tower() -> None:
     student, teacher = step.model.encoders["image"], step.objectives["align"].teacher[1]  # type: ignore[index, union-attr]
     for ours, theirs in zip(student.parameters(), teacher.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+class Reader(Wrapped):
+    """Takes the weight of one layer and calls the other, as attention in some libraries does."""
+
+    width = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.call = nn.Linear(3, 32), nn.Linear(32, 32)
+
+    def forward(self, tokens: Tokens) -> Encoded:
+        x = self.call(F.linear(tokens.x, self.read.weight))
+        return Encoded(Tokens(x), x.mean(1))
+
+
+def test_lora_is_only_put_beside_layers_that_are_called() -> None:
+    config = tiny()
+    step = build_step(config, train_tokenizer(CAPTIONS, 300))
+    step.model.adapters["image"] = PixelAdapter(config.model.image, step.model.processors(False)["image"])
+    step.model.encoders["image"] = Reader()
+    apply(step, AdaptConfig(image="lora"))
+    names = {name for name, p in step.model.encoders["image"].named_parameters() if p.requires_grad}
+    assert names == {"call.lora_A.default.weight", "call.lora_B.default.weight"}
 
 
 def test_merging_is_pefts_and_comes_undone() -> None:
