@@ -215,7 +215,7 @@ class AdaptConfig:
     """What trains of each part: all | locked | first:N | last | bias | lora.
 
     first:N freezes the embedding and the first N blocks, last everything before the last block; bias trains biases
-    only, lora only small matrices beside those of the blocks.
+    only, lora only small matrices beside those of the blocks. Locked is all of a tower, its projection too.
     """
 
     image: str = "all"

@@ -83,6 +83,9 @@ def _moving(name: str, mode: str, modules: list[nn.Module]) -> set[nn.Parameter]
 def _from_block(name: str, mode: str, modules: list[nn.Module]) -> set[nn.Parameter]:
     """Parameters from a block on, in the order in which a tower registers them, which is that of its forward."""
     blocks = stack(modules)
+    head = getattr(modules[-1], "proj", None)
+    if not blocks and mode == "last" and isinstance(head, nn.Linear):  # a ResNet behind mm's projection
+        return set(head.parameters())
     if not blocks:
         raise ConfigError(f"adapt.{name} = {mode}: this tower is no stack of blocks; use all, locked, bias or lora")
     first = len(blocks) - 1 if mode == "last" else int(mode.partition(":")[2])

@@ -181,8 +181,14 @@ def test_refusals_that_only_the_tower_can_tell(monkeypatch: pytest.MonkeyPatch) 
             ConfigError, match=r"adapt.text = lora: needs the package peft; pip install 'mm\[interop\]'"
         ):
             apply(step, AdaptConfig(text="lora"))
-    step.model.encoders["image"] = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False))
+    step.model.encoders["image"] = nn.ModuleDict({"trunk": nn.Conv2d(3, 3, 1, bias=False), "proj": nn.Linear(3, 3)})
     step.model.adapters["image"] = nn.Identity()
+    apply(step, AdaptConfig(image="last"))
+    assert [name for name, p in step.model.encoders["image"].named_parameters() if p.requires_grad] == [
+        "proj.weight",
+        "proj.bias",
+    ]
+    step.model.encoders["image"] = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False))
     for mode, expected in (("first:1", "no stack of blocks"), ("bias", "nothing of it"), ("lora", "no linear layer")):
         with pytest.raises(ConfigError, match=expected):
             apply(step, AdaptConfig(image=mode))
