@@ -162,7 +162,8 @@ def _validate_adapt(config: TrainConfig) -> None:
                 f"adapt.{name} = {mode}: there are only model.{name}.depth = {part.depth} blocks; "
                 f"set first:{part.depth} or less"
             )
-    if adapt.image == adapt.text == "locked" and (adapt.denoiser == "locked" or not config.objectives.diffusion):
+    drawn = config.objectives.diffusion and adapt.denoiser != "locked"
+    if adapt.image == adapt.text == "locked" and not drawn and not model.modalities:
         raise ConfigError(
             "adapt.image = adapt.text = locked: nothing is left to train; set one of adapt to all or lora"
         )
