@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -82,9 +83,14 @@ def parallelize(step: TrainStep, config: ParallelConfig, world: World, device: t
         said.append(compile_blocks(step, device))
     if world.size == 1:
         return Parallel(step, step, said)
-    for module in step.modules():
+    for name, module in step.named_modules():
         if isinstance(module, Objective):
             module.group = dist.group.WORLD
+        elif isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
+            raise ConfigError(
+                f"{name.removeprefix('model.')}: a batch norm that trains: each of {world.size} processes would have "
+                "statistics of its own; lock that tower (adapt.image = locked), or train in one process"
+            )
     if config.strategy == "ddp":
         wrapper = DistributedDataParallel(
             step, broadcast_buffers=False, find_unused_parameters=unused, gradient_as_bucket_view=True

@@ -1,7 +1,8 @@
 """Encoders of other libraries behind mm's types: timm backbones, and open_clip towers that mm has no classes for.
 
 Each takes the raw input as tokens (pixels of width 3, ids of width 1) and gives tokens and a unit-norm vector, so that
-objectives, classification, drawing and saving cannot tell it from mm's own.
+objectives, classification, drawing and saving cannot tell it from mm's own. Dropout of every kind is off: it draws from
+torch's own generator, and a run that is resumed could not repeat it.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class OpenClipImage(Wrapped):
         from open_clip.model import _build_vision_tower
 
         options = _options(tower)
-        vision = {**options["vision_cfg"], "timm_model_pretrained": False, "output_tokens": False}
+        vision = {**options["vision_cfg"], "timm_model_pretrained": False, "output_tokens": False, "patch_dropout": 0.0}
+        vision |= {"timm_drop": 0.0, "timm_drop_path": None}
         self.visual: Any = _build_vision_tower(embed_dim, vision, options.get("quick_gelu", False))
         self.width = _width(self.visual)
 
@@ -92,7 +94,10 @@ class OpenClipText(Wrapped):
         text = {**options["text_cfg"], "output_tokens": True, "hf_model_pretrained": False}
         with tempfile.TemporaryDirectory() as folder:  # where transformers reads an architecture from, no hub involved
             if "hf_config" in options:
-                Path(folder, "config.json").write_text(json.dumps(options["hf_config"]), encoding="utf-8")
+                still = {
+                    key: 0.0 if "dropout" in key and value else value for key, value in options["hf_config"].items()
+                }
+                Path(folder, "config.json").write_text(json.dumps(still), encoding="utf-8")
                 text["hf_model_name"] = folder
                 width = options["hf_config"].get("hidden_size") or options["hf_config"].get("d_model")
                 if text.get("hf_proj_type") is None and width != embed_dim:
