@@ -1,0 +1,167 @@
+"""A trained model as a folder for diffusers, which needs no `mm` to draw from it.
+
+    export(mm.load("runs/demo"), Path("out"))
+    pipe = DiffusionPipeline.from_pretrained("out", trust_remote_code=True)
+    pipe("red heart", seeds=[0]).images[0]             # what model.generate(["red heart"], seeds=[0]) draws
+
+The folder's Python is bundled from the sources of `mm` (`mm.interop.bundle`), one file a component; its name carries a
+hash of what it holds, because diffusers keeps the code of all folders in one place, by file name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import inspect
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mm.config import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mm.api import LoadedModel
+    from mm.models.model import Model
+
+PARTS = "mm.interop.diffusers_parts"
+
+
+def export(loaded: LoadedModel, out: Path, *, check: bool = True) -> None:
+    """Write `loaded` to the folder `out`, whole or not at all, in place of an older export there.
+
+    With `check` a picture of the folder is compared with one of the model. Raises ConfigError where the model cannot
+    draw, has parts that cannot be bundled, or `out` holds something else.
+    """
+    model, config = loaded.inference.model, loaded.config
+    _refuse(model, trained=config.objectives.diffusion is not None)
+    if out.exists() and not (out.is_dir() and ((out / "model_index.json").is_file() or not any(out.iterdir()))):
+        raise ConfigError(f"{out}: is not an empty folder nor an earlier export for diffusers; give a new folder")
+    fresh = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        _write(loaded, fresh)
+        if check:
+            _compare(loaded, fresh)
+        shutil.rmtree(out, ignore_errors=True)
+        fresh.rename(out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _refuse(model: Model, trained: bool) -> None:
+    from mm.adapters.image import ImageAdapter
+    from mm.adapters.latents import PixelSpace
+    from mm.adapters.text import ClipTokenizer, CorpusTokenizer, TextAdapter
+    from mm.models.encoder import Encoder
+
+    if model.denoiser is None or not trained:
+        what = "model.denoiser" if model.denoiser is None else "objectives.diffusion"
+        raise ConfigError(f"{what} = None: this model cannot draw; --format diffusers needs one trained with diffusion")
+    ours = {"text": TextAdapter, "image": ImageAdapter}
+    theirs: dict[str, object] = {
+        **{f"model.{name}": model.encoders[name] for name in ours if type(model.encoders[name]) is not Encoder},
+        **{f"model.{name}": model.adapters[name] for name in ours if type(model.adapters[name]) is not ours[name]},
+    }
+    if type(model.latents) is not PixelSpace:
+        theirs["model.latents"] = model.latents
+    if type(model.tokenizer) not in (CorpusTokenizer, ClipTokenizer):
+        theirs["model.text.tokenizer"] = model.tokenizer
+    for field, part in theirs.items():
+        raise ConfigError(f"{field}: {type(part).__name__} cannot be exported to diffusers yet; use --format mm")
+
+
+def _write(loaded: LoadedModel, out: Path) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from mm.adapters.text import ClipTokenizer
+    from mm.interop.portable_clip import portable_clip
+
+    model, config, diffusion = loaded.inference.model, loaded.config.model, loaded.config.objectives.diffusion
+    denoiser = model.denoiser
+    assert denoiser is not None and config.denoiser is not None and diffusion is not None
+    clip = isinstance(model.tokenizer, ClipTokenizer)
+    kind, serialized = ("clip", portable_clip()) if clip else ("corpus", model.tokenizer.to_json())
+    names = ("tokenizer", "text_encoder", "image_encoder", "transformer", "pipeline")
+    code = {name: _code(name, out) for name in names}
+    settings: dict[str, dict[str, Any]] = {
+        "text_encoder": {
+            "settings": dataclasses.asdict(config.text),
+            "encoder": _arguments(config.text, config.embed_dim),
+            "vocab_size": model.tokenizer.vocab_size,
+        },
+        "image_encoder": {
+            "settings": dataclasses.asdict(config.image),
+            "encoder": _arguments(config.image, config.embed_dim),
+        },
+        "transformer": {
+            "settings": dataclasses.asdict(config.denoiser),
+            "shape": list(denoiser.shape),
+            "context_width": denoiser.context_in.in_features,
+            "pooled_width": denoiser.pooled_in.in_features,
+        },
+    }
+    classes = {"text_encoder": "MMTextEncoder", "image_encoder": "MMImageEncoder", "transformer": "MMDenoiser"}
+    parts: dict[str, Any] = {name: getattr(code[name], classes[name])(**settings[name]) for name in classes}
+    for name, modality in (("text_encoder", "text"), ("image_encoder", "image")):
+        _copy(model.adapters[modality], parts[name].adapter)
+        _copy(model.encoders[modality], parts[name].encoder)
+    _copy(denoiser, parts["transformer"].denoiser)
+    pipe = code["pipeline"].MMPipeline(
+        **parts,
+        tokenizer=code["tokenizer"].MMTokenizer(serialized, kind, config.text.context_length),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=diffusion.shift),
+        noise_scale=diffusion.noise_scale,
+        shift=diffusion.shift,
+    )
+    pipe.save_pretrained(out)
+    for module in code.values():
+        Path(str(module.__file__)).unlink(missing_ok=True)
+
+
+def _code(name: str, folder: Path) -> ModuleType:
+    """The module of one component, bundled into a file of `folder` and imported from there."""
+    from mm.interop.bundle import bundle
+
+    source = bundle(f"{PARTS}.{name}")
+    path = folder / f"mm_{name}_{hashlib.sha256(source.encode()).hexdigest()[:12]}.py"
+    path.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _arguments(config: Any, embed_dim: int) -> dict[str, Any]:
+    """What the model's `Encoder` was built with: each argument is the field of that name where there is one."""
+    from mm.models.encoder import Encoder
+
+    fields = {**dataclasses.asdict(config), "embed_dim": embed_dim}
+    return {name: fields[name] for name in inspect.signature(Encoder).parameters if name in fields}
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    target.load_state_dict({name: tensor.detach().cpu().float() for name, tensor in source.state_dict().items()})
+
+
+def _compare(loaded: LoadedModel, folder: Path) -> None:
+    """Raises RuntimeError where the folder does not draw what the model draws: then something was left out."""
+    import numpy as np
+    from diffusers import DiffusionPipeline
+
+    prompt, seed, steps = "a red heart, and 2 cats", 7, 2
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(loaded.device)
+    theirs = np.asarray(pipe(prompt, num_inference_steps=steps, seeds=[seed]).images[0], dtype=np.int16)
+    ours = np.asarray(loaded.generate([prompt], seeds=[seed], steps=steps)[0], dtype=np.int16)
+    worst = int(np.abs(ours - theirs).max())
+    if worst > 1:
+        raise RuntimeError(f"the exported folder draws another picture, by {worst} of 255; please report this")
