@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,16 @@ def _refuse(model: Model, trained: bool) -> None:
 
 
 def _write(loaded: LoadedModel, out: Path) -> None:
+    names = ("tokenizer", "text_encoder", "image_encoder", "transformer", "pipeline")
+    with tempfile.TemporaryDirectory() as folder:
+        code = {name: _code(name, Path(folder)) for name in names}
+        _assemble(loaded, code, out)
+    for module in code.values():
+        del sys.modules[module.__name__]
+
+
+def _assemble(loaded: LoadedModel, code: dict[str, ModuleType], out: Path) -> None:
+    """Write the components, built by `code` and given the weights of `loaded`, to `out`."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from mm.adapters.text import ClipTokenizer
@@ -87,17 +98,15 @@ def _write(loaded: LoadedModel, out: Path) -> None:
     assert denoiser is not None and config.denoiser is not None and diffusion is not None
     clip = isinstance(model.tokenizer, ClipTokenizer)
     kind, serialized = ("clip", portable_clip()) if clip else ("corpus", model.tokenizer.to_json())
-    names = ("tokenizer", "text_encoder", "image_encoder", "transformer", "pipeline")
-    code = {name: _code(name, out) for name in names}
     settings: dict[str, dict[str, Any]] = {
         "text_encoder": {
             "settings": dataclasses.asdict(config.text),
-            "encoder": _arguments(config.text, config.embed_dim),
+            "encoder_settings": _arguments(config.text, config.embed_dim),
             "vocab_size": model.tokenizer.vocab_size,
         },
         "image_encoder": {
             "settings": dataclasses.asdict(config.image),
-            "encoder": _arguments(config.image, config.embed_dim),
+            "encoder_settings": _arguments(config.image, config.embed_dim),
         },
         "transformer": {
             "settings": dataclasses.asdict(config.denoiser),
@@ -120,8 +129,9 @@ def _write(loaded: LoadedModel, out: Path) -> None:
         shift=diffusion.shift,
     )
     pipe.save_pretrained(out)
-    for module in code.values():
-        Path(str(module.__file__)).unlink(missing_ok=True)
+    readable = (out / "model_index.json").stat().st_mode
+    for path in out.rglob("*.safetensors"):  # safetensors makes them for one user only
+        path.chmod(readable)
 
 
 def _code(name: str, folder: Path) -> ModuleType:

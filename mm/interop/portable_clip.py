@@ -7,6 +7,7 @@ BPE over bytes (openai/CLIP's simple_tokenizer). A word's last byte carries an e
 from __future__ import annotations
 
 import html
+import sys
 from collections.abc import Sequence
 
 START_OF_TEXT, END_OF_TEXT = "<start_of_text>", "<end_of_text>"
@@ -57,12 +58,26 @@ def portable_clip() -> str:
     clip = SimpleTokenizer()
     merges = sorted(clip.bpe_ranks, key=clip.bpe_ranks.__getitem__)
     rust = Rust(models.BPE(vocab=clip.encoder, merges=merges, end_of_word_suffix="</w>", fuse_unk=False))
-    words = rf"(?i){START_OF_TEXT}|{END_OF_TEXT}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
+    letter, digit, rest = _characters(r"[\p{L}]", r"[\p{N}]", r"[^\s\p{L}\p{N}]")
+    short = rf"(?i:{START_OF_TEXT}|{END_OF_TEXT}|'s|'t|'re|'ve|'m|'ll|'d)"
+    words = rf"{short}|[{letter}]+|[{digit}]|[{rest}]+"
     rust.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    rust.decoder = decoders.Sequence([decoders.Replace("</w>", " "), decoders.ByteLevel()])
+    rust.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
     return rust.to_str()
+
+
+def _characters(*patterns: str) -> list[str]:
+    """For each pattern the ranges of all characters that it takes in open_clip, as a regular expression has them.
+
+    Written out, because `tokenizers` knows an older Unicode than `regex`, and words would end elsewhere.
+    """
+    import regex
+
+    everything = "".join(chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000)
+    runs = [regex.findall(f"{pattern}+", everything, regex.IGNORECASE) for pattern in patterns]
+    return ["".join(rf"\x{{{ord(run[0]):x}}}-\x{{{ord(run[-1]):x}}}" for run in found) for found in runs]

@@ -18,15 +18,15 @@ from mm.types import Batch
 
 
 class MMImageEncoder(ModelMixin, ConfigMixin):
-    """`settings`: the image part of the model's config; `encoder`: what its encoder is built with."""
+    """`settings`: the image part of the model's config; `encoder_settings`: what its encoder is built with."""
 
     @register_to_config
-    def __init__(self, settings: dict[str, Any], encoder: dict[str, Any]):
+    def __init__(self, settings: dict[str, Any], encoder_settings: dict[str, Any]):
         super().__init__()
         config: Any = SimpleNamespace(**settings)
         self.processor = ImageProcessor(config.size)
         self.adapter = ImageAdapter(config, self.processor)
-        self.encoder = Encoder(**encoder)
+        self.encoder = Encoder(**encoder_settings)
 
     def prepare(self, pictures: Sequence[Image.Image]) -> Tensor:
         """uint8 `[B, 3, H, W]`."""

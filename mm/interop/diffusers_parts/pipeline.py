@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler, ImagePipelineOutput
+from diffusers import __version__ as DIFFUSERS_VERSION
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
@@ -26,6 +27,7 @@ from mm.models.denoiser import gather_condition
 from mm.types import Encoded, Tokens
 
 NOISE = 0  # the stream of `mm.evaluation.inference`
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}  # of other schedulers
 OUTPUTS = ("pil", "np", "pt", "latent")
 
 
@@ -49,8 +51,8 @@ class MMPipeline(DiffusionPipeline):
 
     def __init__(self, transformer, text_encoder, tokenizer, scheduler, image_encoder=None, noise_scale=1.0, shift=1.0):  # type: ignore[no-untyped-def]  # diffusers reads annotations of this method as component types
         super().__init__()
-        # what schedulers that predict x need to know; `Scheduler.from_config(pipe.scheduler.config)` then fits
-        scheduler.register_to_config(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        if _moves_along_velocity(scheduler):  # so that `Other.from_config(pipe.scheduler.config)` fits, too
+            scheduler.register_to_config(**{**FLOW, "flow_shift": shift})
         self.register_modules(
             transformer=transformer,
             text_encoder=text_encoder,
@@ -193,7 +195,7 @@ class MMPipeline(DiffusionPipeline):
     def _set_levels(self, schedule: Schedule, steps: int, device: torch.device) -> None:
         """The noise levels of `mm generate`, whichever way the scheduler has of being told; shifted once."""
         scheduler: Any = self.scheduler
-        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and self._takes_velocity:
+        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and _moves_along_velocity(self.scheduler):
             sigmas = np.linspace(1.0, 0.0, steps + 1)[:-1]  # the scheduler shifts them, and appends zero
             scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
         else:
@@ -209,14 +211,9 @@ class MMPipeline(DiffusionPipeline):
     def _is_heun(self) -> bool:
         return isinstance(self.scheduler, FlowMatchHeunDiscreteScheduler)
 
-    @property
-    def _takes_velocity(self) -> bool:
-        """Whether the scheduler moves along the velocity; others make a prediction of x of it."""
-        return type(self.scheduler).__name__.startswith("FlowMatch")
-
     def _velocity(self, schedule: Schedule, z: Tensor, x: Tensor, sigma: Tensor, last: bool) -> Tensor:
         """(z - x) / sigma, the divisor bounded as in training, but exact where x itself is meant by it."""
-        if last or not self._takes_velocity:
+        if last or not _moves_along_velocity(self.scheduler):
             return (z - x) / sigma.view(-1, 1, 1, 1)
         return schedule.velocity(z, x, sigma)
 
@@ -239,18 +236,23 @@ class MMPipeline(DiffusionPipeline):
             raise ValueError("push_to_hub: save the folder, then upload it with `hf upload`")
         root.mkdir(parents=True, exist_ok=True)
         index: dict[str, Any] = {"_class_name": _copy_code(type(self), root)}
-        index["_diffusers_version"] = self.config["_diffusers_version"]
+        index["_diffusers_version"] = DIFFUSERS_VERSION
         index.update(noise_scale=self.config.noise_scale, shift=self.config.shift)
         for name, part in self.components.items():
             if part is None:
                 index[name] = [None, None]
                 continue
             part.save_pretrained(root / name, **(kwargs if isinstance(part, torch.nn.Module) else {}))
+            if name == "scheduler" and _moves_along_velocity(part):
+                _without(root / name / "scheduler_config.json", FLOW)
             ours = not type(part).__module__.startswith("diffusers.")
             index[name] = _copy_code(type(part), root / name) if ours else ["diffusers", type(part).__name__]
-        fresh = root / ".model_index.json"
-        fresh.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        os.replace(fresh, root / "model_index.json")
+        _write_json(root / "model_index.json", index)
+
+
+def _moves_along_velocity(scheduler: Any) -> bool:
+    """Whether it takes the velocity as it is; others make a prediction of x of it."""
+    return type(scheduler).__name__.startswith("FlowMatch")
 
 
 def _copy_code(kind: type, folder: Path) -> list[str]:
@@ -259,6 +261,18 @@ def _copy_code(kind: type, folder: Path) -> list[str]:
     if source.parent.resolve() != folder.resolve():
         shutil.copyfile(source, folder / source.name)
     return [source.stem, kind.__name__]
+
+
+def _without(path: Path, keys: Iterable[str]) -> None:
+    """Leave `keys` out of a JSON file: the scheduler itself would warn of them, and `__init__` adds them again."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    _write_json(path, {name: value for name, value in settings.items() if name not in keys})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    fresh = path.with_name(f".{path.name}")
+    fresh.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
 
 
 def _paired(prompt: Any, image: Any) -> tuple[list[str | None], list[Image.Image | None]]:
@@ -286,6 +300,6 @@ def _check(
     for name, given in (("seeds", seeds), ("generator", generator), ("latents", latents)):
         if given is not None and not isinstance(given, torch.Generator) and len(given) != count:
             raise ValueError(f"{name}: {len(given)} given for {count} pictures; give one for each")
-    if not pipe._takes_velocity and not pipe.scheduler.config.get("use_flow_sigmas", False):
+    if not _moves_along_velocity(pipe.scheduler) and not pipe.scheduler.config.get("use_flow_sigmas", False):
         kind = type(pipe.scheduler).__name__
         raise ValueError(f"scheduler = {kind}: made for other noise; use {kind}.from_config(pipe.scheduler.config)")

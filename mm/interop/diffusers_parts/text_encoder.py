@@ -16,15 +16,15 @@ from mm.types import Batch
 
 
 class MMTextEncoder(ModelMixin, ConfigMixin):
-    """`settings`: the text part of the model's config; `encoder`: what its encoder is built with."""
+    """`settings`: the text part of the model's config; `encoder_settings`: what its encoder is built with."""
 
     @register_to_config
-    def __init__(self, settings: dict[str, Any], encoder: dict[str, Any], vocab_size: int):
+    def __init__(self, settings: dict[str, Any], encoder_settings: dict[str, Any], vocab_size: int):
         super().__init__()
         processor: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=vocab_size))
         config: Any = SimpleNamespace(**settings)
         self.adapter = TextAdapter(config, processor)
-        self.encoder = Encoder(**encoder)
+        self.encoder = Encoder(**encoder_settings)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens `[B, L, D]` after the final norm and unit-norm vectors `[B, E]`, of ids and mask `[B, L]`."""
