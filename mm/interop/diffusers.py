@@ -35,7 +35,7 @@ PARTS = "mm.interop.diffusers_parts"
 def export(loaded: LoadedModel, out: Path, *, check: bool = True) -> None:
     """Write `loaded` to the folder `out`, whole or not at all, in place of an older export there.
 
-    With `check` a picture of the folder is compared with one of the model. Raises ConfigError where the model cannot
+    With `check` pictures of the folder are compared with the model's. Raises ConfigError where the model cannot
     draw, has parts that cannot be bundled, or `out` holds something else.
     """
     model, config = loaded.inference.model, loaded.config
@@ -69,7 +69,7 @@ def _refuse(model: Model, trained: bool) -> None:
         **{f"model.{name}": model.encoders[name] for name in ours if type(model.encoders[name]) is not Encoder},
         **{f"model.{name}": model.adapters[name] for name in ours if type(model.adapters[name]) is not ours[name]},
     }
-    if type(model.latents) is not PixelSpace:
+    if type(model.latents) is not PixelSpace and not hasattr(model.latents, "autoencoder"):
         theirs["model.latents"] = model.latents
     if type(model.tokenizer) not in (CorpusTokenizer, ClipTokenizer):
         theirs["model.text.tokenizer"] = model.tokenizer
@@ -90,8 +90,9 @@ def _assemble(loaded: LoadedModel, code: dict[str, ModuleType], out: Path) -> No
     """Write the components, built by `code` and given the weights of `loaded`, to `out`."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from mm.adapters.text import ClipTokenizer
+    from mm.adapters.text import ClipTokenizer, TextProcessor
     from mm.interop.portable_clip import portable_clip
+    from mm.models.encoder import Encoder
 
     model, config, diffusion = loaded.inference.model, loaded.config.model, loaded.config.objectives.diffusion
     denoiser = model.denoiser
@@ -101,12 +102,12 @@ def _assemble(loaded: LoadedModel, code: dict[str, ModuleType], out: Path) -> No
     settings: dict[str, dict[str, Any]] = {
         "text_encoder": {
             "settings": dataclasses.asdict(config.text),
-            "encoder_settings": _arguments(config.text, config.embed_dim),
+            "encoder_settings": _arguments(Encoder, config.text, embed_dim=config.embed_dim),
             "vocab_size": model.tokenizer.vocab_size,
         },
         "image_encoder": {
             "settings": dataclasses.asdict(config.image),
-            "encoder_settings": _arguments(config.image, config.embed_dim),
+            "encoder_settings": _arguments(Encoder, config.image, embed_dim=config.embed_dim),
         },
         "transformer": {
             "settings": dataclasses.asdict(config.denoiser),
@@ -121,12 +122,18 @@ def _assemble(loaded: LoadedModel, code: dict[str, ModuleType], out: Path) -> No
         _copy(model.adapters[modality], parts[name].adapter)
         _copy(model.encoders[modality], parts[name].encoder)
     _copy(denoiser, parts["transformer"].denoiser)
+    numbers = {"noise_scale": diffusion.noise_scale, "shift": diffusion.shift}
+    autoencoder: Any = getattr(model.latents, "autoencoder", None)
+    if autoencoder is not None:  # one of diffusers' own: any of its users knows it
+        space: Any = model.latents
+        numbers.update(latent_scale=space.config.scale, latent_shift=space.config.shift)
+        parts["vae"] = type(autoencoder).from_config(autoencoder.config)
+        _copy(autoencoder, parts["vae"])
     pipe = code["pipeline"].MMPipeline(
         **parts,
-        tokenizer=code["tokenizer"].MMTokenizer(serialized, kind, config.text.context_length),
+        **numbers,
+        tokenizer=code["tokenizer"].MMTokenizer(serialized, kind, _arguments(TextProcessor, config.text)),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=diffusion.shift),
-        noise_scale=diffusion.noise_scale,
-        shift=diffusion.shift,
     )
     pipe.save_pretrained(out)
     readable = (out / "model_index.json").stat().st_mode
@@ -149,12 +156,10 @@ def _code(name: str, folder: Path) -> ModuleType:
     return module
 
 
-def _arguments(config: Any, embed_dim: int) -> dict[str, Any]:
-    """What the model's `Encoder` was built with: each argument is the field of that name where there is one."""
-    from mm.models.encoder import Encoder
-
-    fields = {**dataclasses.asdict(config), "embed_dim": embed_dim}
-    return {name: fields[name] for name in inspect.signature(Encoder).parameters if name in fields}
+def _arguments(kind: type, config: Any, **more: Any) -> dict[str, Any]:
+    """What the model's `kind` was built with: each argument is the field of that name where there is one."""
+    fields = {**dataclasses.asdict(config), **more}
+    return {name: fields[name] for name in inspect.signature(kind).parameters if name in fields and name != "tokenizer"}
 
 
 def _copy(source: nn.Module, target: nn.Module) -> None:
@@ -165,13 +170,17 @@ def _compare(loaded: LoadedModel, folder: Path) -> None:
     """Raises RuntimeError where the folder does not draw what the model draws: then something was left out."""
     import numpy as np
     from diffusers import DiffusionPipeline
+    from PIL import Image
 
-    prompt, seed, steps = "a red heart, and 2 cats", 7, 2
+    picture = Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3))
+    told: dict[str, Any] = {"seeds": [7, 8]}
+    prompts, pictures, steps = ["a red heart, and 2 cats", None], [None, picture], 2
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(loaded.device)
-    theirs = np.asarray(pipe(prompt, num_inference_steps=steps, seeds=[seed]).images[0], dtype=np.int16)
-    ours = np.asarray(loaded.generate([prompt], seeds=[seed], steps=steps)[0], dtype=np.int16)
-    worst = int(np.abs(ours - theirs).max())
+    theirs = pipe(prompts, num_inference_steps=steps, image=pictures, **told).images
+    ours = loaded.generate(prompts, steps=steps, images=pictures, **told)
+    left, right = (np.stack([np.asarray(image, dtype=np.int16) for image in side]) for side in (ours, theirs))
+    worst = int(np.abs(left - right).max())
     if worst > 1:
-        raise RuntimeError(f"the exported folder draws another picture, by {worst} of 255; please report this")
+        raise RuntimeError(f"the exported folder draws other pictures, by {worst} of 255; please report this")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,25 @@ import pytest
 import torch
 from PIL import Image
 
+from mm.adapters.latents import LatentSpace, PixelSpace
 from mm.adapters.text import ClipTokenizer, train_tokenizer
 from mm.api import LoadedModel
 from mm.config import ConfigError, TrainConfig
 from mm.interop.bundle import bundle
 from mm.interop.diffusers import PARTS, export
 from mm.interop.portable_clip import PortableClip, portable_clip
+from mm.models.denoiser import Denoiser
 from mm.objectives.step import build_step
 from mm.settings import load
 
 WORDS = ["red heart", "a dog that runs", "", "the sun behind 2 small clouds, and Ünïcode 😀"]
 PROMPTS = ["red heart", "a dog", None, "a dog that runs and runs and runs past the end of all the context"]
 SEEDS = [3, 4, 5, 2**40]
+LEVELS = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "layers_per_block": 1,
+}
 ABSENT = ("mm", "mm_kernels", "open_clip", "peft", "timm", "transformers")  # diffusers' peft needs transformers
 
 
@@ -229,6 +237,33 @@ def test_an_export_is_whole_and_replaces_only_its_like(model: LoadedModel, folde
     with pytest.raises(ConfigError, match="is not an empty folder"):
         export(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+class Latents(LatentSpace):
+    """An autoencoder's latents: half as many a side, four deep."""
+
+    def __init__(self) -> None:
+        from diffusers import AutoencoderKL
+
+        super().__init__()
+        self.autoencoder = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **LEVELS).eval()
+        self.config, self.shape = SimpleNamespace(scale=0.3, shift=0.1), (4, 16, 16)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return PixelSpace(32).decode(self.autoencoder.decode(latents / 0.3 + 0.1).sample)
+
+
+def test_an_autoencoder_goes_along_as_diffusers_own(root: Path, tmp_path: Path) -> None:
+    loaded = random_model(root, seed=2)
+    model, config = loaded.inference.model, loaded.config.model
+    assert model.denoiser is not None and config.denoiser is not None
+    model.latents, config.denoiser.patch = Latents(), 4
+    model.denoiser = Denoiser(config.denoiser, model.latents.shape, config.text.width, 2 * config.embed_dim)
+    export(loaded, tmp_path / "out")
+    pipe = opened(tmp_path / "out")
+    assert type(pipe.vae).__name__ == "AutoencoderKL"
+    theirs = pipe(PROMPTS, seeds=SEEDS, num_inference_steps=5).images
+    assert apart(loaded.generate(PROMPTS, seeds=SEEDS, steps=5), theirs) <= 1
 
 
 def test_what_cannot_be_exported_is_refused_in_one_line(root: Path, tmp_path: Path) -> None:

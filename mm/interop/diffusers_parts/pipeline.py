@@ -32,7 +32,10 @@ OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 class MMPipeline(DiffusionPipeline):
-    """`noise_scale`: standard deviation of the noise at sigma = 1; `shift`: of the noise levels, applied once."""
+    """`noise_scale`: standard deviation of the noise at sigma = 1; `shift`: of the noise levels, applied once.
+
+    With a `vae` the transformer draws its latents, less `latent_shift` and times `latent_scale`.
+    """
 
     config: Any
     components: Any
@@ -41,15 +44,28 @@ class MMPipeline(DiffusionPipeline):
     tokenizer: Any
     scheduler: Any
     image_encoder: Any
+    vae: Any
     _execution_device: Any
     progress_bar: Any
     maybe_free_model_hooks: Any
 
-    model_cpu_offload_seq = "text_encoder->image_encoder->transformer"
-    _optional_components: ClassVar[list[str]] = ["image_encoder"]
+    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->vae"
+    _optional_components: ClassVar[list[str]] = ["image_encoder", "vae"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "pooled_projections"]
 
-    def __init__(self, transformer, text_encoder, tokenizer, scheduler, image_encoder=None, noise_scale=1.0, shift=1.0):  # type: ignore[no-untyped-def]  # diffusers reads annotations of this method as component types
+    def __init__(  # type: ignore[no-untyped-def]  # diffusers would take annotations for the types of components
+        self,
+        transformer,
+        text_encoder,
+        tokenizer,
+        scheduler,
+        image_encoder=None,
+        vae=None,
+        noise_scale=1.0,
+        shift=1.0,
+        latent_scale=1.0,
+        latent_shift=0.0,
+    ):
         super().__init__()
         if _moves_along_velocity(scheduler):  # so that `Other.from_config(pipe.scheduler.config)` fits, too
             scheduler.register_to_config(**{**FLOW, "flow_shift": shift})
@@ -59,8 +75,11 @@ class MMPipeline(DiffusionPipeline):
             tokenizer=tokenizer,
             scheduler=scheduler,
             image_encoder=image_encoder,
+            vae=vae,
         )
-        self.register_to_config(noise_scale=noise_scale, shift=shift)
+        self.register_to_config(
+            noise_scale=noise_scale, shift=shift, latent_scale=latent_scale, latent_shift=latent_shift
+        )
 
     @torch.no_grad()
     def __call__(
@@ -220,6 +239,10 @@ class MMPipeline(DiffusionPipeline):
     def _images(self, latents: Tensor, kind: str) -> Any:
         if kind == "latent":
             return latents
+        if self.vae is not None:
+            latents = latents.float() / self.config.latent_scale + self.config.latent_shift
+            with torch.autocast(latents.device.type, enabled=False):
+                latents = self.vae.decode(latents.to(self.vae.dtype)).sample
         pixels = PixelSpace(latents.shape[-1]).decode(latents)  # uint8 [B, 3, H, W]
         if kind == "pt":
             return pixels.float() / 255
@@ -237,7 +260,8 @@ class MMPipeline(DiffusionPipeline):
         root.mkdir(parents=True, exist_ok=True)
         index: dict[str, Any] = {"_class_name": _copy_code(type(self), root)}
         index["_diffusers_version"] = DIFFUSERS_VERSION
-        index.update(noise_scale=self.config.noise_scale, shift=self.config.shift)
+        numbers = ("noise_scale", "shift", "latent_scale", "latent_shift")
+        index.update({name: self.config[name] for name in numbers})
         for name, part in self.components.items():
             if part is None:
                 index[name] = [None, None]

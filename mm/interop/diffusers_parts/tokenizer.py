@@ -16,25 +16,28 @@ from mm.interop.portable_clip import PortableClip
 
 
 class MMTokenizer:
-    """A list of texts as `input_ids` `[B, L]` and `attention_mask` `[B, L]`, of the model's context length."""
+    """A list of texts as `input_ids` and `attention_mask`, `[B, context_length]`.
+
+    `kind`: which of `kinds` reads tokenizer.json; `settings`: what mm's `TextProcessor` is built with.
+    """
 
     kinds: ClassVar[dict[str, Any]] = {"corpus": CorpusTokenizer, "clip": PortableClip}
 
-    def __init__(self, serialized: str, kind: str, context_length: int):
-        self.serialized, self.kind, self.model_max_length = serialized, kind, context_length
-        self.processor = TextProcessor(self.kinds[kind](serialized), context_length)
+    def __init__(self, serialized: str, kind: str, settings: dict[str, Any]):
+        self.serialized, self.kind, self.settings = serialized, kind, settings
+        self.processor = TextProcessor(self.kinds[kind](serialized), **settings)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **_: Any) -> MMTokenizer:
         """From the two files of `save_pretrained`."""
         settings = json.loads(Path(folder, "tokenizer_config.json").read_text(encoding="utf-8"))
         serialized = Path(folder, "tokenizer.json").read_text(encoding="utf-8")
-        return cls(serialized, settings["kind"], settings["model_max_length"])
+        return cls(serialized, settings["kind"], settings["settings"])
 
     def save_pretrained(self, folder: str | os.PathLike[str], **_: Any) -> None:
         """tokenizer.json and tokenizer_config.json."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        settings = {"tokenizer_class": "MMTokenizer", "kind": self.kind, "model_max_length": self.model_max_length}
+        settings = {"tokenizer_class": "MMTokenizer", "kind": self.kind, "settings": self.settings}
         Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         Path(folder, "tokenizer.json").write_text(self.serialized, encoding="utf-8")
 
