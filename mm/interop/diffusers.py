@@ -21,7 +21,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from mm.adapters.hub_tokenizer import HubTokenizer
+from mm.adapters.image import ImageAdapter
+from mm.adapters.latents import PixelSpace
+from mm.adapters.text import ClipTokenizer, CorpusTokenizer, TextAdapter, TextProcessor
 from mm.config import ConfigError
+from mm.interop.bundle import bundle
+from mm.interop.portable_clip import portable_clip
+from mm.models.encoder import Encoder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
     from mm.api import LoadedModel
     from mm.models.model import Model
 
+TOKENIZERS: dict[type, str] = {ClipTokenizer: "clip", CorpusTokenizer: "corpus", HubTokenizer: "hub"}
 PARTS = "mm.interop.diffusers_parts"
 
 
@@ -56,29 +64,29 @@ def export(loaded: LoadedModel, out: Path, *, check: bool = True) -> None:
 
 
 def _refuse(model: Model, trained: bool) -> None:
-    from mm.adapters.image import ImageAdapter
-    from mm.adapters.latents import PixelSpace
-    from mm.adapters.text import ClipTokenizer, CorpusTokenizer, TextAdapter
-    from mm.models.encoder import Encoder
-
     if model.denoiser is None or not trained:
         what = "model.denoiser" if model.denoiser is None else "objectives.diffusion"
         raise ConfigError(f"{what} = None: this model cannot draw; --format diffusers needs one trained with diffusion")
-    ours = {"text": TextAdapter, "image": ImageAdapter}
-    theirs: dict[str, object] = {
-        **{f"model.{name}": model.encoders[name] for name in ours if type(model.encoders[name]) is not Encoder},
-        **{f"model.{name}": model.adapters[name] for name in ours if type(model.adapters[name]) is not ours[name]},
-    }
+    theirs: dict[str, object] = {}
+    if type(model.encoders["text"]) is not Encoder or type(model.adapters["text"]) is not TextAdapter:
+        theirs["model.text"] = model.encoders["text"]
+    if type(model.tokenizer) not in TOKENIZERS:
+        theirs["model.text.tokenizer"] = model.tokenizer
     if type(model.latents) is not PixelSpace and not hasattr(model.latents, "autoencoder"):
         theirs["model.latents"] = model.latents
-    if type(model.tokenizer) not in (CorpusTokenizer, ClipTokenizer):
-        theirs["model.text.tokenizer"] = model.tokenizer
     for field, part in theirs.items():
         raise ConfigError(f"{field}: {type(part).__name__} cannot be exported to diffusers yet; use --format mm")
 
 
+def sees(model: Model) -> bool:
+    """Whether the vision encoder is mm's own and goes along; without it the folder draws after captions only."""
+    return type(model.encoders["image"]) is Encoder and type(model.adapters["image"]) is ImageAdapter
+
+
 def _write(loaded: LoadedModel, out: Path) -> None:
-    names = ("tokenizer", "text_encoder", "image_encoder", "transformer", "pipeline")
+    names = ["tokenizer", "text_encoder", "transformer", "pipeline"]
+    if sees(loaded.inference.model):
+        names.append("image_encoder")
     with tempfile.TemporaryDirectory() as folder:
         code = {name: _code(name, Path(folder)) for name in names}
         _assemble(loaded, code, out)
@@ -90,15 +98,11 @@ def _assemble(loaded: LoadedModel, code: dict[str, ModuleType], out: Path) -> No
     """Write the components, built by `code` and given the weights of `loaded`, to `out`."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from mm.adapters.text import ClipTokenizer, TextProcessor
-    from mm.interop.portable_clip import portable_clip
-    from mm.models.encoder import Encoder
-
     model, config, diffusion = loaded.inference.model, loaded.config.model, loaded.config.objectives.diffusion
     denoiser = model.denoiser
     assert denoiser is not None and config.denoiser is not None and diffusion is not None
-    clip = isinstance(model.tokenizer, ClipTokenizer)
-    kind, serialized = ("clip", portable_clip()) if clip else ("corpus", model.tokenizer.to_json())
+    reader = TOKENIZERS[type(model.tokenizer)]
+    serialized = portable_clip() if reader == "clip" else model.tokenizer.to_json()
     settings: dict[str, dict[str, Any]] = {
         "text_encoder": {
             "settings": dataclasses.asdict(config.text),
@@ -117,10 +121,13 @@ def _assemble(loaded: LoadedModel, code: dict[str, ModuleType], out: Path) -> No
         },
     }
     classes = {"text_encoder": "MMTextEncoder", "image_encoder": "MMImageEncoder", "transformer": "MMDenoiser"}
-    parts: dict[str, Any] = {name: getattr(code[name], classes[name])(**settings[name]) for name in classes}
+    parts: dict[str, Any] = {
+        name: getattr(code[name], classes[name])(**settings[name]) for name in classes if name in code
+    }
     for name, modality in (("text_encoder", "text"), ("image_encoder", "image")):
-        _copy(model.adapters[modality], parts[name].adapter)
-        _copy(model.encoders[modality], parts[name].encoder)
+        if name in parts:
+            _copy(model.adapters[modality], parts[name].adapter)
+            _copy(model.encoders[modality], parts[name].encoder)
     _copy(denoiser, parts["transformer"].denoiser)
     numbers = {"noise_scale": diffusion.noise_scale, "shift": diffusion.shift}
     autoencoder: Any = getattr(model.latents, "autoencoder", None)
@@ -132,7 +139,7 @@ def _assemble(loaded: LoadedModel, code: dict[str, ModuleType], out: Path) -> No
     pipe = code["pipeline"].MMPipeline(
         **parts,
         **numbers,
-        tokenizer=code["tokenizer"].MMTokenizer(serialized, kind, _arguments(TextProcessor, config.text)),
+        tokenizer=code["tokenizer"].MMTokenizer(serialized, reader, _arguments(TextProcessor, config.text)),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=diffusion.shift),
     )
     pipe.save_pretrained(out)
@@ -143,8 +150,6 @@ def _assemble(loaded: LoadedModel, code: dict[str, ModuleType], out: Path) -> No
 
 def _code(name: str, folder: Path) -> ModuleType:
     """The module of one component, bundled into a file of `folder` and imported from there."""
-    from mm.interop.bundle import bundle
-
     source = bundle(f"{PARTS}.{name}")
     path = folder / f"mm_{name}_{hashlib.sha256(source.encode()).hexdigest()[:12]}.py"
     path.write_text(source, encoding="utf-8")
@@ -174,7 +179,8 @@ def _compare(loaded: LoadedModel, folder: Path) -> None:
 
     picture = Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3))
     told: dict[str, Any] = {"seeds": [7, 8]}
-    prompts, pictures, steps = ["a red heart, and 2 cats", None], [None, picture], 2
+    pictures = [None, picture if sees(loaded.inference.model) else None]
+    prompts, steps = ["a red heart, and 2 cats", None], 2
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(loaded.device)

@@ -1,14 +1,15 @@
-"""CLIP's tokenizer without open_clip: its merges as a file of the `tokenizers` package, its cleaning as code.
+"""CLIP's tokenizer without open_clip: its merges as a file of the `tokenizers` package, its words as a pattern.
 
-Text is repaired by ftfy, unescaped twice, its spaces made single and its letters small; then split into words, each a
-BPE over bytes (openai/CLIP's simple_tokenizer). A word's last byte carries an end mark.
+A cleaned text is split into words, and each is a BPE over its bytes, the last of which carries an end mark
+(openai/CLIP's simple_tokenizer).
 """
 
 from __future__ import annotations
 
-import html
 import sys
 from collections.abc import Sequence
+
+from mm.adapters.cleaning import cleaned
 
 START_OF_TEXT, END_OF_TEXT = "<start_of_text>", "<end_of_text>"
 
@@ -26,9 +27,7 @@ class PortableClip:
 
     def encode(self, text: str) -> list[int]:
         """Ids with the start and end tokens."""
-        import ftfy
-
-        text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+        text = cleaned(text, "lower")
         if any(name in text for name in self._special):  # a word of their own; BPE would cut them up
             pieces = [piece for piece, _ in self._rust.pre_tokenizer.pre_tokenize_str(text)]
             parts = [[self._special[piece]] if piece in self._special else self._word(piece) for piece in pieces]

@@ -16,13 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
+from mm.adapters.hub_tokenizer import HubTokenizer
 from mm.adapters.latents import LatentSpace, PixelSpace
-from mm.adapters.text import ClipTokenizer, train_tokenizer
+from mm.adapters.text import ClipTokenizer, Tokenizer, train_tokenizer
 from mm.api import LoadedModel
 from mm.config import ConfigError, TrainConfig
-from mm.interop.bundle import bundle
-from mm.interop.diffusers import PARTS, export
-from mm.interop.portable_clip import PortableClip, portable_clip
+from mm.interop.diffusers import export
 from mm.models.denoiser import Denoiser
 from mm.objectives.step import build_step
 from mm.settings import load
@@ -47,10 +46,11 @@ def random_model(root: Path, seed: int = 0, **diffusion: float) -> LoadedModel:
     return build(config, seed)
 
 
-def build(config: TrainConfig, seed: int = 0) -> LoadedModel:
+def build(config: TrainConfig, seed: int = 0, tokenizer: Tokenizer | None = None) -> LoadedModel:
     torch.manual_seed(seed)
     text = config.model.text
-    tokenizer = ClipTokenizer() if text.tokenizer == "clip" else train_tokenizer(WORDS * 4, text.vocab_size)
+    if tokenizer is None:
+        tokenizer = ClipTokenizer() if text.tokenizer == "clip" else train_tokenizer(WORDS * 4, text.vocab_size)
     model = build_step(config, tokenizer).model
     with torch.no_grad():
         for parameter in model.parameters():
@@ -305,32 +305,6 @@ def test_a_scheduler_for_other_noise_is_refused(pipe: Any) -> None:
         pipe("cat")
 
 
-@pytest.fixture(scope="module")
-def clips() -> tuple[ClipTokenizer, PortableClip]:
-    return ClipTokenizer(), PortableClip(portable_clip())
-
-
-def test_the_portable_tokenizer_gives_clips_ids(clips: tuple[ClipTokenizer, PortableClip]) -> None:
-    theirs, ours = clips
-    rng = np.random.default_rng(0)
-    alphabet = list(
-        "abc ABC 'sS'tre 12³½éßſKÅ😀👩‍👩‍👧中文日本語عربيहिन्दी&amp;&lt;\n\t\u00a0\u2028…—“”’ﬁ_-!?<>[]{}\u0558\u0345"
-    )
-    captions = [*WORDS, "it'S a DOG'LL", "a!!<end_of_text> b", "x <START_OF_TEXT>y", "&amp;lt;b&amp;gt;", "doesnâ€™t"]
-    captions += ["".join(rng.choice(alphabet, rng.integers(1, 24))) for _ in range(500)]
-    for caption in captions:
-        assert ours.encode(caption) == theirs.encode(caption), caption
-        assert ours.decode(ours.encode(caption)) == theirs.decode(theirs.encode(caption)), caption
-
-
-@pytest.mark.slow
-def test_the_portable_tokenizer_knows_every_character(clips: tuple[ClipTokenizer, PortableClip]) -> None:
-    theirs, ours = clips
-    everything = [code for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
-    captions = [f"a{chr(code)}b's" for code in everything if code < 0x30000 or code % 37 == 0]  # no letters beyond
-    assert [text for text in captions if ours.encode(text) != theirs.encode(text)] == []
-
-
 @pytest.mark.slow
 def test_a_clip_model_exports_its_tokenizer(root: Path, tmp_path: Path) -> None:
     config = load(root / "configs" / "debug.py")
@@ -344,13 +318,35 @@ def test_a_clip_model_exports_its_tokenizer(root: Path, tmp_path: Path) -> None:
     assert apart(model.generate(PROMPTS, seeds=SEEDS, steps=5), theirs) <= 1
 
 
-def test_a_bundle_holds_sources_and_no_import_of_ours() -> None:
-    source = bundle(f"{PARTS}.text_encoder")
-    assert "import mm" not in source and "from mm" not in source
-    block = Path(sys.modules["mm.nn.block"].__file__ or "").read_text()
-    assert block[block.index("class Block") : block.index("class Stream")].strip() in source
+def test_a_model_of_siglips_shape_exports_its_own_tokenizer(root: Path, tmp_path: Path) -> None:
+    config = load(root / "configs" / "debug.py")
+    text, image = config.model.text, config.model.image
+    text.masked, text.pool, text.pad_id, text.activation, text.qk_norm, text.proj = (
+        False,
+        "end",
+        1,
+        "gelu",
+        False,
+        "affine",
+    )
+    image.pool, image.proj, image.resize, image.eps = "map", "none", "squash", 1e-6
+    config.model.embed_dim = image.width
+    words = train_tokenizer(WORDS * 4, 300)
+    model = build(config, tokenizer=HubTokenizer("words", words.vocab_size, words.to_json(), clean="canonicalize"))
+    export(model, tmp_path / "out")  # compares pictures after captions and pictures
+    assert opened(tmp_path / "out").tokenizer(["Red_Heart!"])["input_ids"].tolist() == [
+        model.inference.prepare("text", ["red heart"])[0][0].tolist()
+    ]
 
 
-def test_a_bundle_refuses_an_operation_that_has_no_plain_form() -> None:
-    with pytest.raises(ValueError, match="no plain form|launches kernels"):
-        bundle("mm.objectives.contrastive")
+def test_without_a_vision_encoder_of_ours_captions_are_drawn(root: Path, tmp_path: Path) -> None:
+    model = random_model(root)
+    model.inference.model.encoders["image"] = torch.nn.Identity()
+    export(model, tmp_path / "out")
+    assert not (tmp_path / "out" / "image_encoder").exists()
+    pipe = opened(tmp_path / "out")
+    pipe.save_pretrained(tmp_path / "again")
+    pipe = opened(tmp_path / "again")
+    assert apart(model.generate(PROMPTS, seeds=SEEDS, steps=4), pipe(PROMPTS, 4, seeds=SEEDS).images) <= 1
+    with pytest.raises(ValueError, match="no image encoder"):
+        pipe(image=Image.new("RGB", (9, 9)))

@@ -24,7 +24,7 @@ class MMImageEncoder(ModelMixin, ConfigMixin):
     def __init__(self, settings: dict[str, Any], encoder_settings: dict[str, Any]):
         super().__init__()
         config: Any = SimpleNamespace(**settings)
-        self.processor = ImageProcessor(config.size)
+        self.processor = ImageProcessor.from_config(config)
         self.adapter = ImageAdapter(config, self.processor)
         self.encoder = Encoder(**encoder_settings)
 

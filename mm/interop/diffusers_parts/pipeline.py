@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
-import shutil
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler, ImagePipelineOutput
-from diffusers import __version__ as DIFFUSERS_VERSION
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
@@ -23,12 +19,12 @@ from mm.adapters.latents import PixelSpace
 from mm.diffusion.noise import normal
 from mm.diffusion.sampler import guided
 from mm.diffusion.schedule import Schedule
+from mm.interop.diffusers_parts.checks import FLOW, check, moves_along_velocity, paired
+from mm.interop.diffusers_parts.saving import save
 from mm.models.denoiser import gather_condition
 from mm.types import Encoded, Tokens
 
 NOISE = 0  # the stream of `mm.evaluation.inference`
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}  # of other schedulers
-OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 class MMPipeline(DiffusionPipeline):
@@ -67,7 +63,7 @@ class MMPipeline(DiffusionPipeline):
         latent_shift=0.0,
     ):
         super().__init__()
-        if _moves_along_velocity(scheduler):  # so that `Other.from_config(pipe.scheduler.config)` fits, too
+        if moves_along_velocity(scheduler):  # so that `Other.from_config(pipe.scheduler.config)` fits, too
             scheduler.register_to_config(**{**FLOW, "flow_shift": shift})
         self.register_modules(
             transformer=transformer,
@@ -103,9 +99,9 @@ class MMPipeline(DiffusionPipeline):
         `mm generate` draws it; or from `generator`, one or one a picture; or it is `latents` `[B, C, H, W]`, standard
         normal. `guidance_scale` 1 is none. Raises ValueError for what cannot work.
         """
-        prompts, pictures = _paired(prompt, image)
+        prompts, pictures = paired(prompt, image)
         count = len(prompts) * num_images_per_prompt
-        _check(self, count, seeds, generator, latents, num_inference_steps, output_type)
+        check(self, count, seeds, generator, latents, num_inference_steps, output_type)
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(f"callback_on_step_end_tensor_inputs: {unknown} not among {self._callback_tensor_inputs}")
@@ -214,7 +210,7 @@ class MMPipeline(DiffusionPipeline):
     def _set_levels(self, schedule: Schedule, steps: int, device: torch.device) -> None:
         """The noise levels of `mm generate`, whichever way the scheduler has of being told; shifted once."""
         scheduler: Any = self.scheduler
-        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and _moves_along_velocity(self.scheduler):
+        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters and moves_along_velocity(self.scheduler):
             sigmas = np.linspace(1.0, 0.0, steps + 1)[:-1]  # the scheduler shifts them, and appends zero
             scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
         else:
@@ -232,7 +228,7 @@ class MMPipeline(DiffusionPipeline):
 
     def _velocity(self, schedule: Schedule, z: Tensor, x: Tensor, sigma: Tensor, last: bool) -> Tensor:
         """(z - x) / sigma, the divisor bounded as in training, but exact where x itself is meant by it."""
-        if last or not _moves_along_velocity(self.scheduler):
+        if last or not moves_along_velocity(self.scheduler):
             return (z - x) / sigma.view(-1, 1, 1, 1)
         return schedule.velocity(z, x, sigma)
 
@@ -250,80 +246,11 @@ class MMPipeline(DiffusionPipeline):
         return [Image.fromarray(picture) for picture in array] if kind == "pil" else array.astype(np.float32) / 255
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """The folder that this pipeline was loaded from, written anew: weights, settings and code.
+        """Weights, settings and code, in a folder like the one that this pipeline was loaded from.
 
-        diffusers' own would leave the code out, and name modules that only this process has.
+        diffusers' own would leave the code out, and name modules that only this process has. Arguments are those of
+        diffusers' models.
         """
-        root = Path(save_directory)
         if kwargs.pop("push_to_hub", False):
             raise ValueError("push_to_hub: save the folder, then upload it with `hf upload`")
-        root.mkdir(parents=True, exist_ok=True)
-        index: dict[str, Any] = {"_class_name": _copy_code(type(self), root)}
-        index["_diffusers_version"] = DIFFUSERS_VERSION
-        numbers = ("noise_scale", "shift", "latent_scale", "latent_shift")
-        index.update({name: self.config[name] for name in numbers})
-        for name, part in self.components.items():
-            if part is None:
-                index[name] = [None, None]
-                continue
-            part.save_pretrained(root / name, **(kwargs if isinstance(part, torch.nn.Module) else {}))
-            if name == "scheduler" and _moves_along_velocity(part):
-                _without(root / name / "scheduler_config.json", FLOW)
-            ours = not type(part).__module__.startswith("diffusers.")
-            index[name] = _copy_code(type(part), root / name) if ours else ["diffusers", type(part).__name__]
-        _write_json(root / "model_index.json", index)
-
-
-def _moves_along_velocity(scheduler: Any) -> bool:
-    """Whether it takes the velocity as it is; others make a prediction of x of it."""
-    return type(scheduler).__name__.startswith("FlowMatch")
-
-
-def _copy_code(kind: type, folder: Path) -> list[str]:
-    """The file that defines a class, copied into `folder`; its name and the class's."""
-    source = Path(str(sys.modules[kind.__module__].__file__))
-    if source.parent.resolve() != folder.resolve():
-        shutil.copyfile(source, folder / source.name)
-    return [source.stem, kind.__name__]
-
-
-def _without(path: Path, keys: Iterable[str]) -> None:
-    """Leave `keys` out of a JSON file: the scheduler itself would warn of them, and `__init__` adds them again."""
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    _write_json(path, {name: value for name, value in settings.items() if name not in keys})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    fresh = path.with_name(f".{path.name}")
-    fresh.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
-
-
-def _paired(prompt: Any, image: Any) -> tuple[list[str | None], list[Image.Image | None]]:
-    """Prompts and pictures as lists of one length."""
-    prompts = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
-    pictures = [image] if image is None or isinstance(image, Image.Image) else list(image)
-    if prompt is None:
-        prompts = [None] * len(pictures)
-    if image is None or isinstance(image, Image.Image):
-        pictures = pictures * len(prompts)
-    if len(prompts) != len(pictures) or not prompts:
-        raise ValueError(f"image: {len(pictures)} given for {len(prompts)} prompts; give one for each, at least one")
-    return prompts, pictures
-
-
-def _check(
-    pipe: MMPipeline, count: int, seeds: Any, generator: Any, latents: Any, steps: int, output_type: str
-) -> None:
-    if steps < 1:
-        raise ValueError(f"num_inference_steps = {steps}: must be at least 1")
-    if output_type not in OUTPUTS:
-        raise ValueError(f"output_type = {output_type!r}: must be one of {', '.join(OUTPUTS)}")
-    if sum(given is not None for given in (seeds, generator, latents)) > 1:
-        raise ValueError("seeds, generator and latents: each says where the noise comes from; give one of them")
-    for name, given in (("seeds", seeds), ("generator", generator), ("latents", latents)):
-        if given is not None and not isinstance(given, torch.Generator) and len(given) != count:
-            raise ValueError(f"{name}: {len(given)} given for {count} pictures; give one for each")
-    if not _moves_along_velocity(pipe.scheduler) and not pipe.scheduler.config.get("use_flow_sigmas", False):
-        kind = type(pipe.scheduler).__name__
-        raise ValueError(f"scheduler = {kind}: made for other noise; use {kind}.from_config(pipe.scheduler.config)")
+        save(self, Path(save_directory), **kwargs)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mm.adapters.base import length_mask
+from mm.adapters.hub_tokenizer import HubTokenizer
 from mm.adapters.text import CorpusTokenizer, TextProcessor
 from mm.interop.portable_clip import PortableClip
 
@@ -21,7 +22,7 @@ class MMTokenizer:
     `kind`: which of `kinds` reads tokenizer.json; `settings`: what mm's `TextProcessor` is built with.
     """
 
-    kinds: ClassVar[dict[str, Any]] = {"corpus": CorpusTokenizer, "clip": PortableClip}
+    kinds: ClassVar[dict[str, Any]] = {"corpus": CorpusTokenizer, "clip": PortableClip, "hub": HubTokenizer.from_json}
 
     def __init__(self, serialized: str, kind: str, settings: dict[str, Any]):
         self.serialized, self.kind, self.settings = serialized, kind, settings
