@@ -71,7 +71,7 @@ def modules_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def model(root: Path) -> LoadedModel:
-    return random_model(root, shift=3.0, noise_scale=1.5)
+    return random_model(root, shift=0.4, noise_scale=1.5)  # levels below the bound of 0.05, too
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def apart(ours: list[Image.Image], theirs: list[Image.Image]) -> int:
     return int(np.abs(levels(ours) - levels(theirs)).max())
 
 
-@pytest.mark.parametrize(("steps", "guidance"), [(25, 2.0), (25, 1.0), (1, 2.0), (45, 4.0)])
+@pytest.mark.parametrize(("steps", "guidance"), [(25, 2.0), (25, 1.0), (1, 2.0), (12, 4.0)])
 def test_images_equal_those_of_generate(model: LoadedModel, pipe: Any, steps: int, guidance: float) -> None:
     theirs = pipe(PROMPTS, num_inference_steps=steps, guidance_scale=guidance, seeds=SEEDS).images
     assert apart(model.generate(PROMPTS, seeds=SEEDS, steps=steps, guidance=guidance), theirs) <= 1
@@ -170,7 +170,7 @@ def test_other_schedulers_come_to_the_same_images(model: LoadedModel, pipe: Any,
 def test_noise_levels_are_shifted_once(pipe: Any) -> None:
     pipe("cat", num_inference_steps=4)
     unshifted = np.array([1.0, 0.75, 0.5, 0.25, 0.0])
-    assert np.allclose(pipe.scheduler.sigmas, 3 * unshifted / (1 + 2 * unshifted), atol=1e-6)
+    assert np.allclose(pipe.scheduler.sigmas, 0.4 * unshifted / (1 - 0.6 * unshifted), atol=1e-6)
 
 
 def test_a_callback_sees_and_changes_the_latents(pipe: Any) -> None:
