@@ -154,17 +154,24 @@ def test_heun_of_diffusers_equals_ours(model: LoadedModel, pipe: Any) -> None:
 @pytest.mark.parametrize(
     "name", ["DPMSolverMultistepScheduler", pytest.param("UniPCMultistepScheduler", marks=pytest.mark.slow)]
 )
-def test_other_schedulers_come_to_the_same_images(model: LoadedModel, pipe: Any, name: str) -> None:
+def test_other_schedulers_come_to_the_same_images(root: Path, tmp_path: Path, name: str) -> None:
     import diffusers
 
-    prompts, seeds = PROMPTS[:2], SEEDS[:2]
-    goal = levels(model.generate(prompts, seeds=seeds, steps=60, solver="heun"))
+    model = random_model(root, shift=3.0)
+    denoiser = model.inference.model.denoiser
+    assert denoiser is not None
+    with torch.no_grad():  # a calm field: a random one turns with every thousandth of sigma, and nothing follows it
+        denoiser.time_in[2].weight.zero_()
+        denoiser.patch_out.weight.mul_(0.3)
+        denoiser.patch_out.bias.mul_(6.0)
+    export(model, tmp_path / "out", check=False)
+    pipe = opened(tmp_path / "out")
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
-    far, near = (
-        np.abs(levels(pipe(prompts, num_inference_steps=steps, seeds=seeds).images) - goal).mean() for steps in (5, 40)
-    )
-    ours = np.abs(levels(model.generate(prompts, seeds=seeds, steps=40)) - goal).mean()  # Euler's own error
-    assert near < 0.5 * far and near < 1.5 * ours + 0.5
+    prompts, seeds = PROMPTS[:2], SEEDS[:2]
+    theirs = levels(pipe(prompts, num_inference_steps=40, seeds=seeds).images)
+    for solver, bound in (("euler", 1.0), ("heun", 0.5)):  # levels of 255 on average; of the second order as they are
+        ours = levels(model.generate(prompts, seeds=seeds, steps=40, solver=solver))
+        assert ours.std() > 10 and np.abs(theirs - ours).mean() < bound
 
 
 def test_noise_levels_are_shifted_once(pipe: Any) -> None:
