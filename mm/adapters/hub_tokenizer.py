@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from mm.adapters.cleaning import cleaned
 from mm.config import ConfigError
 
 
@@ -21,7 +22,6 @@ class HubTokenizer:
     ):
         self.name, self.vocab_size, self.serialized = name, vocab_size, serialized
         self.clean, self.blank = clean, blank
-        self._cleaned: Callable[[str], str] | None = None
         self._rust: Any = None
         if serialized:
             from tokenizers import Tokenizer as Rust
@@ -31,7 +31,7 @@ class HubTokenizer:
             self._rust.no_truncation()
 
     def encode(self, text: str) -> list[int]:
-        ids = self._ready().encode(self._clean(text)).ids
+        ids = self._ready().encode(cleaned(text, self.clean)).ids
         return [0 if i == self.blank else i for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -52,13 +52,6 @@ class HubTokenizer:
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return HubTokenizer.from_json, (self.to_json(),)
-
-    def _clean(self, text: str) -> str:
-        if self._cleaned is None:
-            from open_clip.tokenizer import get_clean_fn
-
-            self._cleaned = get_clean_fn(self.clean)
-        return self._cleaned(text)
 
     def _ready(self) -> Any:
         if self._rust is None:
