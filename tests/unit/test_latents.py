@@ -263,6 +263,28 @@ def test_a_run_on_cached_latents_is_the_run_on_pictures(
     assert load(tmp_path / "cached").generate(["red heart"], steps=2)[0].size == (SIZE, SIZE)
 
 
+def test_an_autoencoder_of_the_hub_is_read_through_diffusers(
+    vaes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it lies in the hub's cache, in a pipeline's `vae`."""
+    import shutil
+
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("mm.adapters.hub.reachable", lambda: False)
+    repository, commit = tmp_path / "models--owner--pipeline", 40 * "0"
+    shutil.copytree(vaes / "AutoencoderKL", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    here = latents_config(vaes / "AutoencoderKL")
+    assert latents_config("owner/pipeline") == dataclasses.replace(here, source="owner/pipeline")
+    found, wanted = latents_weights("owner/pipeline"), latents_weights(vaes / "AutoencoderKL")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    with pytest.raises(ConfigError, match="owner/other: no such folder, and not to be had from the hub"):
+        latents_config("owner/other")
+
+
 def npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
