@@ -12,7 +12,7 @@ from mm.usage import Parser, UsageError, number
 
 USAGE = """usage: mm shards openmoji OUT                      3,954 emoji with their names, as shards
        mm shards folder DIR OUT [--captions FILE]  a folder of images with captions, as shards
-       mm shards latents P OUT --vae SOURCE --size N   shards anew, with an autoencoder's latents in each sample
+       mm shards latents P OUT --vae VAE --size N  shards anew, with an autoencoder's latents in each sample
        mm shards index P                           a sidecar for each shard: starts and resumes are instant then
        mm shards verify P                          every byte against the index; exit 1 with the list of what is wrong
        mm shards stats P [--out stats.png]         counts, sizes, caption lengths, aspect ratios, duplicates

@@ -61,7 +61,7 @@ def latents_weights(source: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     source = os.fspath(source)
     if not source:
-        raise ConfigError("model.latents.source = '': names no weights; set a folder of diffusers, or a hub name")
+        raise ConfigError("'': names no weights; set a folder of diffusers, or a hub name")
     kind = latents_config(source).kind
     folder = _folder(source)
     if folder is not None and not list(folder.glob("*.safetensors")):

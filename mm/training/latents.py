@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from mm.adapters.autoencoder_files import latents_weights
+from mm.config import ConfigError
 from mm.data.latents import made_by
 from mm.training.progress import say
 
@@ -24,7 +25,10 @@ def start_latents(model: Model, config: TrainConfig, world: World) -> None:
     if latents is None:
         return
     space = cast("AutoencoderSpace", model.latents)
-    weights = world.in_turn(lambda: latents_weights(latents.source))  # the first one may have to fetch them
+    try:
+        weights = world.in_turn(lambda: latents_weights(latents.source))  # the first one may have to fetch them
+    except ConfigError as error:
+        raise ConfigError(f"model.latents.source = {error}") from error
     space.load(weights, latents.source)
     if not latents.cached:
         return

@@ -332,6 +332,8 @@ def test_what_a_user_gets_wrong_is_said_in_one_line(vaes: Path, tmp_path: Path) 
     refused("options: no JSON", AutoencoderSpace, dataclasses.replace(good, options="x"), SIZE)
     space = AutoencoderSpace(good, SIZE)
     refused("is missing .*latents_config", space.load, latents_weights(vaes / "AutoencoderDC"), "dc")
+    refused("^model.latents.source = gone: no such folder", build, tiny(vaes / "AutoencoderKL", source="gone"))
+    refused("^model.latents.source = '': names no weights", build, tiny(vaes / "AutoencoderKL", source=""))
     config = tiny(vaes / "AutoencoderKL")
     config.model.image.size = 20
     config.model.image.patch = 4
