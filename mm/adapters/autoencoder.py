@@ -30,7 +30,7 @@ class AutoencoderSpace(LatentSpace):
 
     def __init__(self, config: LatentsConfig, size: int):
         super().__init__()
-        self.config = config
+        self.config, self.loaded = config, False  # whether its weights are a trained autoencoder's
         if size % config.factor:
             raise ConfigError(f"size = {size}: the autoencoder takes multiples of {config.factor} pixels")
         self.shape = (config.channels, size // config.factor, size // config.factor)
@@ -79,6 +79,7 @@ class AutoencoderSpace(LatentSpace):
                 f"({len(odd)} differ); make model.latents with mm.interop.latents.latents_config({source!r})"
             )
         self.autoencoder.load_state_dict(weights)
+        self.loaded = True
 
     def about(self) -> dict[str, Any]:
         """What makes these latents differ from others: the weights' SHA-256, what is done to them, their shape."""

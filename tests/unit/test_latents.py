@@ -22,7 +22,9 @@ from mm.cli import main
 from mm.config import AlignConfig, ConfigError, TrainConfig
 from mm.data.latents import add_latents
 from mm.data.loader import Loader
+from mm.distributed.world import World
 from mm.interop.latents import encoder, latents_config, latents_weights
+from mm.interop.start import resolve
 from mm.models.export import save_export
 from mm.objectives.step import TrainStep, build_step
 from mm.training.ema import Ema
@@ -64,8 +66,6 @@ def tiny(vae: Path, **latents: Any) -> TrainConfig:
 
 
 def build(config: TrainConfig) -> TrainStep:
-    from mm.distributed.world import World
-
     torch.manual_seed(0)
     step = build_step(config, train_tokenizer(CAPTIONS, 400))
     start_latents(step.model, config, World())
@@ -142,6 +142,22 @@ def test_a_released_model_holds_the_autoencoder_and_draws_each_picture_alike(vae
     assert together.float().std() > 1 and not torch.equal(together[0], together[1])
     assert torch.equal(model.inference.generate(["cat face"], seeds=[6], steps=2)[0], together[1])
     assert model.inference.generate([]).shape == (0, 3, SIZE, SIZE)
+
+
+def test_a_run_begins_with_another_ones_denoiser_and_its_autoencoder(vaes: Path, tmp_path: Path) -> None:
+    theirs = tiny(vaes / "AutoencoderKL")
+    given = build(theirs)
+    save_export(tmp_path / "out", given.state_dict(), theirs, given.model.tokenizer.to_json(), {})
+    config = settings.load("configs/debug.py")
+    config.start.model, config.run.dir = str(tmp_path / "out"), str(tmp_path / "run")
+    start = resolve(config)
+    settings.validate(config)
+    step = build_step(config, given.model.tokenizer)
+    start.fill(step)
+    start_latents(step.model, config, World())  # which finds them there
+    assert config.model.latents == dataclasses.replace(theirs.model.latents, source="")
+    own = step.model.latents.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in given.model.latents.state_dict().items())
 
 
 @pytest.fixture(scope="module")
@@ -251,8 +267,10 @@ def test_a_run_on_cached_latents_is_the_run_on_pictures(
     vaes: Path, cached: Path, openmoji_shards: Path, tmp_path: Path
 ) -> None:
     lines = {}
-    for name, shards in (("fresh", openmoji_shards), ("cached", cached), ("cached", cached)):  # the last one resumes
+    for name, shards in (("fresh", openmoji_shards), ("cached", cached), ("cached", cached)):
         config = tiny(vaes / "AutoencoderKL", cached=name == "cached")
+        assert config.model.latents is not None
+        config.model.latents.source = "gone" if name in lines else config.model.latents.source  # it resumes
         config.data.train, config.run.dir = str(shards / "train-{000000..000001}.tar"), str(tmp_path / name)
         config.run.steps, config.checkpoint.every, config.data.batch_size = 4 + 2 * len(lines), 2, 8
         run(config)
