@@ -12,6 +12,7 @@ from mm.usage import Parser, UsageError, number
 
 USAGE = """usage: mm shards openmoji OUT                      3,954 emoji with their names, as shards
        mm shards folder DIR OUT [--captions FILE]  a folder of images with captions, as shards
+       mm shards latents P OUT --vae VAE --size N  shards anew, with an autoencoder's latents in each sample
        mm shards index P                           a sidecar for each shard: starts and resumes are instant then
        mm shards verify P                          every byte against the index; exit 1 with the list of what is wrong
        mm shards stats P [--out stats.png]         counts, sizes, caption lengths, aspect ratios, duplicates
@@ -57,6 +58,33 @@ def folder(argv: Sequence[str]) -> int:
     manifest = build.folder(args.dir, args.out, **({"captions": args.captions} if args.captions else {}), **given)
     print(f"{args.out}: {sum(manifest['samples'].values()):,} samples in {len(manifest['shards'])} shards, indexed")
     return 0
+
+
+def latents(argv: Sequence[str]) -> int:
+    parser = Parser(
+        "shards latents",
+        "Shards anew, byte for byte, with latents.npy in each sample: what an autoencoder of diffusers makes of its "
+        "picture. Training with model.latents.cached then need not encode. The same command again goes on.",
+    )
+    parser.add_argument("shards", metavar="P", help="a folder, a file, a pattern, a URL, or several joined by ::")
+    parser.add_argument("out", metavar="OUT", help="folder for the shards, which keep their names")
+    parser.add_argument("--vae", metavar="SOURCE", required=True, help="a folder in diffusers' format, or a hub name")
+    parser.add_argument("--size", type=number(int, 1), required=True, help="pixels a side: model.image.size")
+    parser.add_argument("--batch", type=number(int, 1), default=16, help="pictures encoded at once (default: 16)")
+    args = parser.read(argv)
+    from mm.data import indexing
+    from mm.data.latents import add_latents
+    from mm.data.shards import expand
+    from mm.interop.latents import encoder
+
+    expand(args.shards, mixed=True)  # refused before the autoencoder is read
+    encode, about = encoder(args.vae, args.size)
+    reports, seconds = indexing.timed(
+        lambda: add_latents(args.shards, args.out, encode, about, size=args.size, batch=args.batch)
+    )
+    _tell(reports)
+    print(indexing.summary(reports, "encoded", seconds))
+    return int(any(report.problem for report in reports))
 
 
 def index(argv: Sequence[str]) -> int:
@@ -116,4 +144,4 @@ def stats(argv: Sequence[str]) -> int:
     return 0
 
 
-KINDS = {"openmoji": openmoji, "folder": folder, "index": index, "verify": verify, "stats": stats}
+KINDS = {"openmoji": openmoji, "folder": folder, "latents": latents, "index": index, "verify": verify, "stats": stats}

@@ -122,7 +122,7 @@ class TextConfig:
 
 @dataclass(slots=True, kw_only=True)
 class DenoiserConfig:
-    patch: int = 8
+    patch: int = 8  # pixels a side, or latents
     width: int = 320
     depth: int = 6
     heads: int = 5
@@ -145,11 +145,26 @@ class ModalityConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class LatentsConfig:
+    """An autoencoder of diffusers, in whose latents the denoiser draws; read by mm.interop.latents.latents_config."""
+
+    source: str = ""  # where training takes its weights: a folder, or a hub name; a trained model holds them
+    kind: Literal["AutoencoderKL", "AutoencoderDC"] = "AutoencoderKL"
+    options: str = ""  # the autoencoder's own config, as JSON
+    channels: int = 4
+    factor: int = 8  # pixels a side of one latent
+    scale: float = 1.0  # latents are (the autoencoder's - shift) * scale ...
+    shift: float = 0.0
+    cached: bool = False  # read those that `mm shards latents` wrote, instead of encoding in each step
+
+
+@dataclass(slots=True, kw_only=True)
 class ModelConfig:
     embed_dim: int = 128  # width of the shared embedding space
     image: ImageConfig = field(default_factory=ImageConfig)
     text: TextConfig = field(default_factory=TextConfig)
     denoiser: DenoiserConfig | None = field(default_factory=DenoiserConfig)
+    latents: LatentsConfig | None = None  # None: the denoiser draws pixels
     modalities: tuple[ModalityConfig, ...] = ()  # more of them; set in the config file only
 
 

@@ -19,6 +19,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "data.buffer_mb model.embed_dim model.image.size model.image.patch "
         "model.image.width model.image.depth model.image.heads model.text.vocab_size model.text.context_length "
         "model.text.width model.text.depth model.text.heads model.denoiser.patch model.denoiser.width "
+        "model.latents.channels model.latents.factor "
         "model.denoiser.depth model.denoiser.heads objectives.diffusion.copies objectives.align.block "
         "adapt.lora_rank optim.muon_steps optim.accumulate checkpoint.keep health.spike_window health.most",
     ),
@@ -37,7 +38,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "above 0",
         lambda number: number > 0,
-        "data.fetch_gb data.stall_seconds model.image.eps model.text.eps "
+        "data.fetch_gb data.stall_seconds model.latents.scale model.image.eps model.text.eps "
         "model.image.mlp_ratio model.image.std model.text.mlp_ratio "
         "objectives.contrastive.init_scale objectives.contrastive.max_scale "
         "objectives.diffusion.sigma_std objectives.diffusion.noise_scale objectives.diffusion.shift optim.lr "
@@ -67,6 +68,7 @@ def validate(config: TrainConfig) -> None:
             value = values.get(name, ())
             if not all(map(holds, value if isinstance(value, tuple) else (value,))):
                 raise ConfigError(f"{name} = {value}: must be {text}")
+    _validate_latents(config)
     _validate_model(config.model)
     _validate_data(config)
     validate_modalities(config)
@@ -97,7 +99,8 @@ def _validate_model(model: ModelConfig) -> None:
         )
     if denoiser:
         _multiple("model.denoiser.width", denoiser.width, 4 * denoiser.heads, "4 x model.denoiser.heads")
-        _multiple("model.image.size", image.size, denoiser.patch, "model.denoiser.patch")
+        what = "model.latents.factor x model.denoiser.patch" if model.latents else "model.denoiser.patch"
+        _multiple("model.image.size", image.size, drawn_patch(model), what)
         if denoiser.context_depth > denoiser.depth:
             raise ConfigError(
                 f"model.denoiser.context_depth = {denoiser.context_depth}: there are only "
@@ -115,6 +118,30 @@ def _validate_data(config: TrainConfig) -> None:
         raise ConfigError("data.buckets = 'text': this text encoder sees its padding, which must not vary; use 'none'")
     if config.data.buckets == "aspect" and (image.tower is not None or image.pool == "map" or image.resize == "squash"):
         raise ConfigError("data.buckets = 'aspect': this vision encoder takes square pictures only; use 'none'")
+
+
+def drawn_patch(model: ModelConfig) -> int:
+    """Pixels a side of what the denoiser takes as one token; 1 without a denoiser."""
+    return model.denoiser.patch * (model.latents.factor if model.latents else 1) if model.denoiser else 1
+
+
+def _validate_latents(config: TrainConfig) -> None:
+    latents = config.model.latents
+    if latents is None:
+        return
+    if not latents.options:
+        raise ConfigError(
+            "model.latents.options = '': says of no autoencoder how it is built; in the config file, set "
+            "model.latents = mm.interop.latents.latents_config('FOLDER')"
+        )
+    if config.model.denoiser is None:
+        raise ConfigError("model.latents is set: only model.denoiser draws in it; set that, or model.latents = None")
+    if latents.cached and not config.model.image.clean_target:
+        raise ConfigError(
+            "model.latents.cached = True: cached latents are of the whole picture; set model.image.clean_target = True"
+        )
+    if latents.cached and config.data.buckets == "aspect":
+        raise ConfigError("model.latents.cached = True: cached latents are square; set data.buckets = none or text")
 
 
 def _validate_objectives(config: TrainConfig) -> None:

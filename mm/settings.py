@@ -24,6 +24,7 @@ MAY_CHANGE = frozenset(
     {"run.dir", "run.steps", "run.log_every", "run.eval_every", "run.sample_every", "run.diagnose_every"}
     | {"run.tensorboard", "run.tracker", "run.project"}
     | {"data.workers", "data.buffer_mb", "data.cache_mb", "data.fetch_gb", "data.stall_seconds"}
+    | {"model.latents.source"}  # it may have moved; the weights are in the checkpoint
     | {"parallel", "checkpoint", "health"}
 )
 

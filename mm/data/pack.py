@@ -31,7 +31,7 @@ class ShardWriter:
         self.out, self.per_shard = Path(out), per_shard
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"out: {str(self.out)!r} is a file; name a folder")
-        self.old = _earlier(self.out)
+        self.old = earlier(self.out)
         self.samples: Counter[str] = Counter()
         self.shards: list[str] = []
         self._open: dict[str, tarfile.TarFile] = {}
@@ -86,7 +86,7 @@ class ShardWriter:
             self._open.pop(split).close()
 
 
-def _earlier(out: Path) -> set[str]:
+def earlier(out: Path) -> set[str]:
     """Names of the shards that an earlier build left in `out`; ConfigError where there are others."""
     present = {path.name for path in out.glob("*.tar")}
     try:

@@ -155,7 +155,7 @@ class Inference:
             raise ConfigError("objectives.diffusion = None: this model was trained without it and cannot draw")
         columns = self._conditions(prompts, seeds, steps, guidance, images, solver)
         if not columns:
-            return torch.zeros((0, *self.model.latents.shape), dtype=torch.uint8)
+            return torch.zeros((0, 3, *2 * [self.config.model.image.size]), dtype=torch.uint8)
         schedule = Schedule.from_config(diffusion)
         shape, device = self.model.latents.shape, self.model.device
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from mm.adapters.hub import pretrained
 from mm.config import Activation, ConfigError, ContrastiveConfig, ImageConfig, ModelConfig, TextConfig, TowerConfig
-from mm.interop.hub import pretrained
 
 CUSTOM = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc", "block_type")
 BIAS = -10.0  # of a sigmoid loss at its start

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from mm.adapters.hub import pretrained
 from mm.config import ConfigError, ContrastiveConfig, ImageConfig, ModelConfig, TextConfig, TowerConfig
 from mm.interop.architecture import hugging_face
-from mm.interop.hub import pretrained
 from mm.interop.open_clip import hub_tokenizer
 from mm.interop.origin import Origin
 

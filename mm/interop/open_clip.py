@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm.adapters.hub import pretrained, reachable
 from mm.adapters.hub_tokenizer import HubTokenizer
 from mm.adapters.text import ClipTokenizer
 from mm.config import ConfigError
@@ -13,7 +14,6 @@ from mm.fields import suggestion
 from mm.interop import names
 from mm.interop.architecture import contrastive_config, model_config
 from mm.interop.files import read_weights
-from mm.interop.hub import pretrained, reachable
 from mm.interop.origin import Origin, refuse_difference
 
 if TYPE_CHECKING:

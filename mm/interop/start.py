@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm import settings
-from mm.config import ConfigError, ImageConfig, ModelConfig, TrainConfig
+from mm.adapters.autoencoder import AutoencoderSpace
+from mm.config import ConfigError, ImageConfig, LatentsConfig, ModelConfig, TrainConfig
 from mm.interop.origin import OBJECTIVES, Origin, check_tokenizer, fill
 from mm.interop.sources import read
 from mm.training.manifest import last_step
@@ -26,7 +27,7 @@ OF_THE_RUN = {  # how a run feeds an encoder is its own affair
 PREFIXES = {
     "image": ("adapters.image.", "encoders.image."),
     "text": ("adapters.text.", "encoders.text."),
-    "denoiser": ("denoiser.",),
+    "denoiser": ("denoiser.", "latents."),  # with the autoencoder in whose latents it draws
 }
 
 
@@ -58,6 +59,8 @@ class Start:
                 fill(step.model, {**{n: t for n, t in kept.items() if n.startswith(prefix)}, **tensors}, source, prefix)
                 count += sum(tensor.numel() for tensor in tensors.values())
             lines.append(f"{' and '.join(names)} from {source}: {count / 1e6:.1f} M weights")
+            if "denoiser" in names and isinstance(step.model.latents, AutoencoderSpace):
+                step.model.latents.loaded = True
             if source == self.config.start.model:
                 _scales(step, origin)
         return lines
@@ -116,6 +119,8 @@ def _resolved(config: TrainConfig, weights: bool) -> Start:
         if part in OF_THE_RUN:
             theirs = replace(theirs, **{name: getattr(getattr(model, part), name) for name in OF_THE_RUN[part]})
         setattr(model, part, theirs)
+        if part == "denoiser":
+            model.latents = _latents(origin.model, model)
     brought = found.known[start.model].parts if start.model in found.known else ()
     found.parts |= {modality.name: start.model for modality in model.modalities if modality.name in brought}
     if "text" in found.parts:
@@ -134,6 +139,12 @@ def _resolved(config: TrainConfig, weights: bool) -> Start:
 def _prefixes(part: str) -> tuple[str, ...]:
     """How the names of a part's tensors begin; of an added modality's as of image and text."""
     return PREFIXES.get(part, (f"adapters.{part}.", f"encoders.{part}."))
+
+
+def _latents(theirs: ModelConfig, ours: ModelConfig) -> LatentsConfig | None:
+    """What a source's denoiser draws in; the autoencoder's weights are in the source too."""
+    cached = ours.latents is not None and ours.latents.cached
+    return None if theirs.latents is None else replace(theirs.latents, source="", cached=cached)
 
 
 def _width(found: Start, model: ModelConfig) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from mm.adapters.hub import reachable
 from mm.adapters.text import ClipTokenizer
 from mm.config import ConfigError, ContrastiveConfig, ImageConfig, ModelConfig, TextConfig, TowerConfig
 from mm.fields import suggestion
 from mm.interop.files import read_weights
-from mm.interop.hub import reachable
 from mm.interop.origin import Origin, refuse_difference
 
 if TYPE_CHECKING:

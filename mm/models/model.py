@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mm.adapters.image import ImageAdapter, ImageProcessor, PixelAdapter
-from mm.adapters.latents import PixelSpace
+from mm.adapters.latents import LatentsProcessor, latent_space
 from mm.adapters.text import IdsAdapter, TextAdapter, TextProcessor
 from mm.models.denoiser import Denoiser, gather_condition
 from mm.models.encoder import image_encoder, text_encoder
@@ -48,11 +48,12 @@ class Model(nn.Module):
         )
         for extra in config.modalities:
             self.adapters[extra.name], self.encoders[extra.name] = modality(extra, config.embed_dim)
-        self.latents = PixelSpace(image.size)
+        latents = latent_space(config)
         self.denoiser = None
         if config.denoiser is not None:
-            self.denoiser = Denoiser(config.denoiser, self.latents.shape, self.width("text"), 2 * config.embed_dim)
+            self.denoiser = Denoiser(config.denoiser, latents.shape, self.width("text"), 2 * config.embed_dim)
         init_weights(self)
+        self.latents = latents  # last: its weights come from elsewhere
 
     def width(self, name: str) -> int:
         """Of the tokens that the encoder of a modality gives."""
@@ -63,6 +64,8 @@ class Model(nn.Module):
         found = {name: cast("Adapter", adapter).processor for name, adapter in self.adapters.items()}
         if train and self.denoiser is not None and self.config.image.clean_target:
             found["target"] = ImageProcessor(self.config.image.size)
+            if self.config.latents is not None and self.config.latents.cached:
+                found["latents"] = LatentsProcessor(self.latents.shape)
         return found
 
     def encode(self, batch: Batch) -> dict[str, Encoded]:

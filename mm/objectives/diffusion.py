@@ -38,7 +38,10 @@ class Diffusion(Objective):
         config = self.config
         places = drawn(len(batch.seeds), config.share)
         seeds = pick(batch.seeds, places)
-        x = model.latents.encode(pick(batch.inputs.get("target", batch.inputs["image"]), places))
+        if "latents" in batch.inputs:
+            x = pick(batch.inputs["latents"], places).float()
+        else:
+            x = model.latents.encode(pick(batch.inputs.get("target", batch.inputs["image"]), places))
         noise = normal(seeds, (config.copies, *x.shape[1:]), NOISE).flatten(0, 1)  # [B K, C, H, W]
         sigma = self.schedule.training_sigma(normal(seeds, (config.copies,), LEVEL).flatten())
         draws = uniform(seeds, 2, KEEP)

@@ -193,6 +193,10 @@ def empty_batch(config: TrainConfig, size: int, tokens: int) -> Batch:
     inputs["text"] = torch.empty(size, tokens, dtype=torch.int64)
     if config.model.denoiser is not None and config.model.image.clean_target:
         inputs["target"] = torch.empty(pixels, dtype=torch.uint8)
+        latents = config.model.latents
+        if latents is not None and latents.cached:
+            side = config.model.image.size // latents.factor
+            inputs["latents"] = torch.empty(size, latents.channels, side, side, dtype=torch.float16)
     return Batch(inputs, {"text": torch.empty(size, dtype=torch.int64)}, torch.empty(size, dtype=torch.int64))
 
 

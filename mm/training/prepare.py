@@ -19,8 +19,10 @@ from mm.distributed.device import pick_device
 from mm.distributed.parallelize import parallelize
 from mm.distributed.world import World
 from mm.objectives.step import TrainStep, build_step
+from mm.rules import drawn_patch
 from mm.training import run_folder
 from mm.training.calibrate import count_flops, warm_up
+from mm.training.latents import start_latents
 from mm.training.metrics import matrix_rate
 from mm.training.progress import say
 from mm.training.trainer import Callback, Trainer
@@ -53,6 +55,7 @@ def prepare(config: TrainConfig, callbacks: Sequence[Callback], world: World, st
     step_module = build_step(config, tokenizer)
     filled = start.fill(step_module) if start is not None else []
     step_module = step_module.to(device)
+    start_latents(step_module.model, config, world)
     apply(step_module, config.adapt)
     loader = world.in_turn(lambda: _loader(config, step_module, world, device))
     flops, unused = count_flops(step_module, loader, config, device)
@@ -79,9 +82,12 @@ def prepare(config: TrainConfig, callbacks: Sequence[Callback], world: World, st
 
 def _loader(config: TrainConfig, step_module: TrainStep, world: World, device: torch.device) -> Loader:
     data = config.data
+    processors = step_module.model.processors(train=True)
+    if "latents" in processors and config.objectives.align is None:  # nothing else looks at the whole picture
+        processors.pop("target", None)
     return Loader(
         data.train,
-        step_module.model.processors(train=True),
+        processors,
         batch_size=data.batch_size,
         seed=config.run.seed,
         train=True,
@@ -105,5 +111,5 @@ def _loader(config: TrainConfig, step_module: TrainStep, world: World, device: t
 
 def _shapes(config: TrainConfig) -> list[tuple[int, int]]:
     """The picture shapes of aspect buckets: sides that both the vision encoder and the denoiser can cut in patches."""
-    image, denoiser = config.model.image, config.model.denoiser
-    return aspect_shapes(image.size, math.lcm(image.patch, denoiser.patch if denoiser else 1), config.data.shapes)
+    image = config.model.image
+    return aspect_shapes(image.size, math.lcm(image.patch, drawn_patch(config.model)), config.data.shapes)

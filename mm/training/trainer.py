@@ -168,8 +168,9 @@ class Trainer:
         return found | {f"optim/{name}": tensor for name, tensor in self.optimizers.state().items()}
 
     def bytes(self) -> int:
-        """Of a checkpoint, at most: parameters, averages, two moments, and the export."""
-        return 5 * sum(p.numel() * p.element_size() for p in self.step_module.parameters())
+        """Of a checkpoint, at most: parameters, averages, two moments, and the export; of what is fixed, two."""
+        trained = sum(p.numel() * p.element_size() for p in self.step_module.parameters())
+        return 5 * trained + 2 * sum(b.numel() * b.element_size() for b in self.step_module.buffers())
 
     def save(self, wait: bool = False) -> None:
         """Begin a checkpoint of this step, with the export of the averaged weights; `wait` until it is whole."""

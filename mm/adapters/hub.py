@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,9 +31,14 @@ def pretrained(factory: Any, name: str, **options: Any) -> Any:
 
     Raises OSError or ValueError where it is on neither.
     """
+    return asked(factory.from_pretrained, name, **options)
+
+
+def asked(function: Callable[..., Any], name: str, **options: Any) -> Any:
+    """The same for any function of these libraries that takes a name and `local_files_only`."""
     try:
-        return factory.from_pretrained(name, local_files_only=True, **options)
+        return function(name, local_files_only=True, **options)
     except (OSError, ValueError):
         if not reachable():
             raise
-    return factory.from_pretrained(name, **options)
+    return function(name, **options)
