@@ -39,6 +39,7 @@ class Start:
     parts: dict[str, str] = field(default_factory=dict)  # image | text | denoiser | an added modality -> source
     tokenizer: Tokenizer | None = None
     known: dict[str, Origin] = field(default_factory=dict)
+    gone: str = ""  # why the sources cannot be read any more; a checkpoint must have the weights then
 
     def fill(self, step: TrainStep) -> list[str]:
         """Put the weights in place; what was done, a line each. Raises ConfigError where they do not fit."""
@@ -86,7 +87,7 @@ def resolve(config: TrainConfig, weights: bool = True) -> Start:
     """
     try:
         return _resolved(config, weights)
-    except ConfigError:
+    except ConfigError as error:
         folder = Path(config.run.dir)
         if not weights or not last_step(folder):
             raise
@@ -96,7 +97,7 @@ def resolve(config: TrainConfig, weights: bool = True) -> Start:
         # whose adapters are imported is said by the run's Python file, never by what is read
         config.model = replace(saved.model, modalities=config.model.modalities)
         config.objectives.contrastive = saved.objectives.contrastive
-        return Start(config)
+        return Start(config, gone=str(error))
 
 
 def _resolved(config: TrainConfig, weights: bool) -> Start:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm.config import TrainConfig
+from mm.config import ConfigError, TrainConfig
 from mm.data.order import chain
 from mm.data.sources import check
 from mm.distributed.world import World
@@ -85,7 +85,8 @@ def run(
             raise Stopped(last_step(folder), stop.signal or 0) from None
         world.lead(lambda: run_folder.claim(folder, config))
         trainer.watch = dog.at
-        trainer.restore()
+        if not trainer.restore() and start is not None and start.gone:
+            raise ConfigError(f"{folder}: no checkpoint of it is whole, and its start is not there: {start.gone}")
         if trainer.step >= config.run.steps:
             if world.lead(lambda: unfinished(folder, trainer.step)):
                 _finish(trainer, stop)

@@ -32,6 +32,7 @@ class Start(Protocol):
     """Weights, and perhaps a tokenizer, that a run begins with."""
 
     tokenizer: Tokenizer | None
+    gone: str  # why it has no weights any more, where it has none
 
     def fill(self, step: TrainStep) -> list[str]:
         """Put the weights in place; what was done, a line each. Raises ConfigError where they do not fit."""

@@ -23,6 +23,7 @@ from mm.config import AlignConfig, ConfigError, TrainConfig
 from mm.data.latents import add_latents
 from mm.data.loader import Loader
 from mm.distributed.world import World
+from mm.interop.diffusers import export
 from mm.interop.latents import encoder, latents_config, latents_weights
 from mm.interop.start import resolve
 from mm.models.export import save_export
@@ -142,6 +143,30 @@ def test_a_released_model_holds_the_autoencoder_and_draws_each_picture_alike(vae
     assert together.float().std() > 1 and not torch.equal(together[0], together[1])
     assert torch.equal(model.inference.generate(["cat face"], seeds=[6], steps=2)[0], together[1])
     assert model.inference.generate([]).shape == (0, 3, SIZE, SIZE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderDC"])
+def test_an_exported_latent_model_draws_the_same_in_diffusers(
+    vaes: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+    import diffusers.utils.dynamic_modules_utils as dynamic
+
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = tiny(vaes / kind)
+    step = build(config)
+    for module in (step.model.denoiser.patch_out, step.model.denoiser.final_modulation):  # these start at zero
+        torch.nn.init.normal_(module.weight, std=0.1)
+    save_export(tmp_path / "out", step.state_dict(), config, step.model.tokenizer.to_json(), {})
+    model = load(tmp_path / "out")
+    export(model, tmp_path / "theirs", check=False)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "theirs", trust_remote_code=True)
+    assert type(pipe.vae).__name__ == kind
+    ours = model.generate(["red heart", "dog"], seeds=[3, 4], steps=6)
+    theirs = pipe(["red heart", "dog"], seeds=[3, 4], num_inference_steps=6).images
+    for one, other in zip(ours, theirs, strict=True):
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
 
 
 def test_a_run_begins_with_another_ones_denoiser_and_its_autoencoder(vaes: Path, tmp_path: Path) -> None:
