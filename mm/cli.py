@@ -33,8 +33,11 @@ mm: shared vision and text encoders, trained by a contrastive and a diffusion ob
                   mm generate runs/demo "red heart" "blue heart" --n 4 --seed 0 --out grid.png
   mm evaluate   measure a trained model on shards
                   mm evaluate runs/demo --data "shards/openmoji/val-*.tar" --out results.json
+  mm release    a model as a folder that mm, open_clip, diffusers or transformers loads
+                  mm release runs/demo released/demo --format open_clip
 
-RUN is a run folder. mm COMMAND --help has the details; --traceback shows where errors come from.
+RUN is a run folder, a released folder, open_clip:NAME/TAG or open_clip:NAME@FILE.
+mm COMMAND --help has the details; --traceback shows where errors come from.
 """
 
 
