@@ -17,7 +17,6 @@ mm: shared vision and text encoders, trained by a contrastive and a diffusion ob
   mm demo       data, training, evaluation, pictures and a report, on an embedded real data set
                   mm demo --minutes 8 --out runs/demo
   mm shards     write, index, verify and count image-caption shards
-                  mm shards openmoji shards/openmoji
                   mm shards folder photos shards/photos --captions photos.csv
   mm train      train what a config file describes; the same command resumes
                   mm train configs/debug.py --data.train shards/openmoji --run.steps 100
@@ -36,8 +35,7 @@ mm: shared vision and text encoders, trained by a contrastive and a diffusion ob
   mm release    a model as a folder that mm, open_clip, diffusers or transformers loads
                   mm release runs/demo released/demo --format open_clip
 
-RUN is a run folder, a released folder, open_clip:NAME/TAG or open_clip:NAME@FILE.
-mm COMMAND --help has the details; --traceback shows where errors come from.
+RUN: a run or released folder, or open_clip:NAME/TAG. mm COMMAND --help says more, --traceback all.
 """
 
 

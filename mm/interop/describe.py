@@ -35,8 +35,8 @@ class NoCounterpart(ConfigError):
 def describe(model: ModelConfig, contrastive: ContrastiveConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """open_clip's `model_cfg` of an architecture: the inverse of `mm.interop.architecture.model_config`.
 
-    The denoiser and added modalities, which open_clip does not have, are left out. Raises ConfigError naming the first field that has no
-    counterpart.
+    The denoiser and added modalities, which open_clip does not have, are left out. Raises ConfigError naming the first
+    field that has no counterpart.
     """
     image, text = model.image, model.text
     cfg: dict[str, Any] = {"embed_dim": model.embed_dim}

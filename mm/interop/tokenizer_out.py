@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm.adapters.hub_tokenizer import HubTokenizer
+from mm.adapters.text import clip_table
 
 if TYPE_CHECKING:
     from mm.interop.origin import Origin
@@ -17,10 +18,9 @@ def clip_tokenizer(origin: Origin, folder: Path) -> None:
 
     The same ids as open_clip's, of text that needs none of open_clip's mending (ftfy, HTML entities).
     """
-    from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTokenizer
 
-    table = SimpleTokenizer()
+    table = clip_table()
     special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {special.get(word, word): number for word, number in table.encoder.items()}
     merges = [tuple(pair) for pair, _ in sorted(table.bpe_ranks.items(), key=lambda item: item[1])]
