@@ -33,17 +33,22 @@ def card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def manifests(train: str) -> list[dict[str, Any]]:
-    """The shards.json beside each local part of `data.train`; none where it cannot be read."""
+def manifests(train: str, run: Path) -> list[dict[str, Any]]:
+    """The shards.json beside each local part of `data.train`; none where it cannot be read.
+
+    A run folder that was moved is asked for shards of that name in it or beside it, as mm demo puts them.
+    """
     found = []
     for part in filter(None, train.split("::")):
         folder = Path(part) if Path(part).is_dir() else Path(part).parent
-        try:
-            content = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and content not in found:
-            found.append(content)
+        for place in (folder, run / folder.name, run.parent / folder.name):
+            try:
+                content = json.loads((place / "shards.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            if isinstance(content, dict) and content not in found:
+                found.append(content)
+            break
     return found
 
 
@@ -102,7 +107,7 @@ def _what(origin: Origin) -> str:
     if origin.model.denoiser is not None:
         able.append("draws pictures from text")
     said = " and ".join([", ".join(able[:-1]), able[-1]] if len(able) > 1 else able)
-    return f"A model of `mm` that {said}. Released from {_source(origin)}."
+    return f"This model {said}. Released by `mm` from {_source(origin)}."
 
 
 def _source(origin: Origin) -> str:
@@ -150,7 +155,7 @@ def _shapes(origin: Origin) -> str:
         rows.append(
             ("logit scale", f"{float(scale.exp()):.6g}" + (f", bias {float(bias):.6g}" if bias is not None else ""))
         )
-    rows.append(("parameters", _million(sum(tensor.numel() for tensor in origin.tensors.values()))))
+    rows.append(("all of it", _million(sum(tensor.numel() for tensor in origin.tensors.values()))))
     return "## Shape\n\n" + _table(("part", "what"), rows)
 
 
@@ -218,6 +223,7 @@ def _evaluation(results: Sequence[Found]) -> str:
     blocks = []
     for one in results:
         told = [f"From `{one.file}`, written {one.date}"]
+        told += [f"of {_short_source(str(one.result['run']))}"] if one.result.get("run") else []
         told += [f"step {one.result['step']}"] if one.result.get("step") is not None else []
         told += [f"code {one.result['commit']}"] if one.result.get("commit") else []
         told += [f"on {', '.join(map(str, one.result['data']))}"] if one.result.get("data") else []

@@ -50,7 +50,7 @@ def release(
     folder = Path(source)
     if train is not None and folder.is_dir():
         evaluations = [*results.of_run(folder, train.run.seed), *evaluations]
-    shards = card.manifests(train.data.train) if train is not None else []
+    shards = card.manifests(train.data.train, folder) if train is not None else []
     licence = licence or card.licence_of(shards)
     card.check_licence(licence)
     out.parent.mkdir(parents=True, exist_ok=True)

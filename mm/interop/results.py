@@ -26,11 +26,17 @@ class Found:
 
     def shares(self) -> dict[str, Share]:
         """Shares of yes-or-no outcomes by what they say, retrieval's among them, which carries no error."""
+        recalls: dict[str, Share] = {}
         pairs = self.result.get("retrieval") or {}
-        recalls = {
-            f"retrieval, {name}": Share(value, 0.0, pairs["pairs"]) for name, value in pairs.items() if "@" in name
-        }
-        return headlines(self.result) | recalls
+        for found in (pairs, pairs.get("modalities") or {}):
+            recalls |= {f"retrieval, {k}": Share(v, 0.0, found["pairs"]) for k, v in found.items() if "@" in k}
+        heads = {_full(name): share for name, share in headlines(self.result).items()}
+        return heads | recalls
+
+
+def _full(name: str) -> str:
+    """A headline that stands alone."""
+    return name.replace("… ", "drawing, " if "captions" in name else "zero-shot top-1, ")
 
 
 def of_run(folder: Path, seed: int | None) -> list[Found]:

@@ -15,17 +15,30 @@ import torch
 from open_clip.factory import _MODEL_CONFIGS, get_model_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_clips import randomised
 
 import mm
 from mm.adapters.hub_tokenizer import HubTokenizer
+from mm.adapters.text import ClipTokenizer
 from mm.cli import main
-from mm.config import ConfigError, DenoiserConfig, ImageConfig, ModelConfig, TextConfig, TrainConfig
+from mm.config import (
+    ConfigError,
+    ContrastiveConfig,
+    DenoiserConfig,
+    ImageConfig,
+    ModelConfig,
+    TextConfig,
+    TowerConfig,
+    TrainConfig,
+)
 from mm.interop import architecture, describe, hub, open_clip_out, transformers_out
 from mm.interop.open_clip import _tokenizer
+from mm.interop.origin import Origin
 from mm.interop.release import release
 from mm.interop.sources import read
 from mm.models.export import save_export
 from mm.models.model import Model
+from mm.types import Batch
 
 VISION = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
 WORDS = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -111,10 +124,7 @@ def original(kind: str, folder: Path) -> None:
     whole = {"model_cfg": cfg, "preprocess_cfg": PREPROCESS}
     (folder / "open_clip_config.json").write_text(json.dumps(whole))
     model = open_clip.create_model(f"local-dir:{folder}", pretrained_image=False)
-    generator = torch.Generator().manual_seed(len(kind))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    randomised(model, len(kind))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
 
 
@@ -172,6 +182,24 @@ def test_what_training_left_without_a_note_is_described_from_the_config_alone(
     open_clip_out.write(origin, tmp_path / "back", tmp_path / "back")
     same_bits(load_file(theirs(kind) / open_clip_out.WEIGHTS), load_file(tmp_path / "back" / open_clip_out.WEIGHTS))
     open_clip.create_model(f"local-dir:{tmp_path / 'back'}")
+
+
+@pytest.mark.parametrize("proj", ["linear", "affine"])
+def test_a_timm_backbone_with_mms_text_encoder_goes_to_open_clip(proj: Any, tmp_path: Path) -> None:
+    image = ImageConfig(size=160, proj=proj, tower=TowerConfig(library="timm", name="test_convnext"))
+    text = TextConfig(tokenizer="clip", vocab_size=49408, width=32, depth=1, heads=2, causal=True, pool="last")
+    text.qk_norm, tokenizer = False, ClipTokenizer()
+    config = ModelConfig(embed_dim=32, image=image, text=text, denoiser=None)
+    model = randomised(Model(config, tokenizer))
+    tensors = {**model.state_dict(), "objectives.contrastive.logit_scale": torch.ones(1)}
+    origin = Origin("run", config, tokenizer, tensors, ContrastiveConfig())
+    open_clip_out.write(origin, tmp_path, tmp_path)
+    there = open_clip.create_model(f"local-dir:{tmp_path}").eval()
+    pixels = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
+    with torch.no_grad():
+        ours = model.encode(Batch({"image": pixels}, {}))["image"].pooled
+        theirs = there.encode_image((pixels / 255 - 0.5) / 0.5, normalize=True)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 def own_names() -> Iterator[Any]:
@@ -282,8 +310,6 @@ def tiny_run(folder: Path, shards: Path) -> None:
     manifest = {"source": "openmoji", "source_version": "OpenMoji 16", "samples": {"train": 3500, "val": 200}}
     manifest |= {"license": "CC BY-SA 4.0", "attribution": "All emojis designed by OpenMoji"}
     (shards / "shards.json").write_text(json.dumps(manifest))
-    from mm.adapters.text import ClipTokenizer
-
     state = {f"model.{name}": tensor for name, tensor in Model(config.model, ClipTokenizer()).state_dict().items()}
     state["objectives.contrastive.logit_scale"] = torch.ones(1)
     folder.mkdir()
