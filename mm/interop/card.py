@@ -212,6 +212,9 @@ def _training(origin: Origin) -> str:
     began = {part: _short_source(getattr(config.start, part)) for part in ("model", "image", "text", "denoiser")}
     if any(began.values()):
         rows.append(("began from", ", ".join(f"{part}: {source}" for part, source in began.items() if source)))
+    kept = {part: getattr(config.adapt, part) for part in ("image", "text", "denoiser")}
+    if set(kept.values()) != {"all"}:
+        rows.append(("what trained", ", ".join(f"{part}: {what}" for part, what in kept.items())))
     if origin.note.get("commit"):
         rows.append(("commit", str(origin.note["commit"])))
     return "## Training\n\n" + _table(("what", "value"), rows)
@@ -254,6 +257,8 @@ def shareable(config: TrainConfig) -> TrainConfig:
     copy = from_dict(to_dict(config))
     copy.data.train, copy.data.val = (short(value) if value else "" for value in (copy.data.train, copy.data.val))
     copy.run.dir = Path(copy.run.dir).name or "run"
+    if copy.model.latents is not None and Path(copy.model.latents.source).is_absolute():
+        copy.model.latents.source = Path(copy.model.latents.source).name
     for part in ("model", "image", "text", "denoiser"):
         setattr(copy.start, part, _short_source(getattr(copy.start, part)))
     return copy

@@ -103,8 +103,8 @@ def _matches(model: ModelConfig, name: str, cfg: dict[str, Any]) -> bool:
 def _bare(model: ModelConfig) -> dict[str, Any]:
     """The architecture alone, as plain values; of a wrapped tower what it is built from."""
     found = dataclasses.asdict(model)
-    found.pop("denoiser")
-    found.pop("modalities")
+    for name in ("denoiser", "latents", "modalities"):
+        found.pop(name)
     for name, beside in BESIDE.items():
         part = found[name]
         for field in beside:

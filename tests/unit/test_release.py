@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_clips import randomised
 
 import mm
+from mm.adapters import hub
 from mm.adapters.hub_tokenizer import HubTokenizer
 from mm.adapters.text import ClipTokenizer
 from mm.cli import main
@@ -31,7 +32,7 @@ from mm.config import (
     TowerConfig,
     TrainConfig,
 )
-from mm.interop import architecture, describe, hub, open_clip_out, transformers_out
+from mm.interop import architecture, describe, open_clip_out, transformers_out
 from mm.interop.open_clip import _tokenizer
 from mm.interop.origin import Origin
 from mm.interop.release import release
