@@ -56,8 +56,10 @@ def _mm(name: str, weights: bool) -> Origin:
     from mm.models.export import find_export, read_export
 
     state, tokenizer, config, note = read_export(find_export(name))
-    tensors = {key.removeprefix("model."): tensor for key, tensor in state.items()} if weights else {}
+    tensors = {key.removeprefix("model."): tensor for key, tensor in state.items()}
     objectives = config.objectives
     found = Origin(name, config.model, tokenizer, tensors, objectives.contrastive, objectives.diffusion, note, config)
-    found.parts = tuple(modality_names(config.model))
+    there = {key.split(".")[1] for key in tensors if key.startswith("encoders.")}  # a released backbone has no text
+    found.parts = tuple(part for part in modality_names(config.model) if part in there)
+    found.tensors = tensors if weights else {}
     return found
