@@ -108,14 +108,13 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
 
 
 def test_descriptions_that_mm_cannot_follow(tmp_path: Path) -> None:
-    assert "49408 ids and its text embedding 1000 rows" in refusal(
-        described(tmp_path, VISION, TEXT | {"vocab_size": 1000})
-    )
-    assert "32x64 pixels; mm takes square" in refusal(described(tmp_path, VISION | {"image_size": [32, 64]}, TEXT))
-    assert "reduction_mask" in refusal(
-        described(tmp_path, VISION, TEXT | {"tokenizer_kwargs": {"reduction_mask": "a"}})
-    )
     assert "no weights in" in refusal(described(tmp_path, VISION, TEXT))
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
+    small = TEXT | {"vocab_size": 1000}
+    assert "49408 ids and its text embedding 1000 rows" in refusal(described(tmp_path, VISION, small))
+    assert "32x64 pixels; mm takes square" in refusal(described(tmp_path, VISION | {"image_size": [32, 64]}, TEXT))
+    text = TEXT | {"tokenizer_kwargs": {"reduction_mask": "simple"}}
+    assert "no tokenizer with {'reduction_mask'" in refusal(described(tmp_path, VISION, text))
     (tmp_path / "open_clip_config.json").write_text("{")
     assert "is no open_clip config" in refusal(f"open_clip:local-dir:{tmp_path}")
     assert "is not there" in refusal(f"open_clip:local-dir:{tmp_path / 'nowhere'}")
