@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import open_clip
 import timm
-import torch
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from tiny_clips import randomised
 
 import mm
 
@@ -65,19 +64,6 @@ class Made(NamedTuple):
     loaded: mm.api.LoadedModel
 
 
-def randomise(model: nn.Module) -> None:
-    """Every parameter and statistic off its initial value, so that two biases that change places show."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for tensor in model.parameters():
-            tensor.add_(0.1 * torch.randn_like(tensor))
-        for name, tensor in model.named_buffers():
-            if name.endswith("running_mean"):
-                tensor.normal_(std=0.1)
-            if name.endswith("running_var"):
-                tensor.uniform_(0.5, 1.5)
-
-
 def write(folder: Path, parts: tuple[dict[str, Any], dict[str, Any], dict[str, Any]], **preprocess: Any) -> Any:
     """open_clip's own model and transform; its folder as open_clip writes it."""
     vision, text, rest = parts
@@ -87,7 +73,7 @@ def write(folder: Path, parts: tuple[dict[str, Any], dict[str, Any], dict[str, A
     theirs, _, transform = open_clip.create_model_and_transforms(
         f"local-dir:{folder}", load_weights=False, pretrained_hf=False
     )
-    randomise(theirs.eval())
+    randomised(theirs)
     theirs.logit_scale.data.fill_(np.log(112.33))
     state = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")

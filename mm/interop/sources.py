@@ -53,11 +53,11 @@ READERS: dict[str, Any] = {"open_clip": _open_clip, "timm": _timm, "hf": _huggin
 
 def _mm(name: str, weights: bool) -> Origin:
     """A folder that mm wrote."""
-    from mm.models.export import find_export, read_export
+    from mm.models.export import find_export, parts_of, read_export
 
     state, tokenizer, config, note = read_export(find_export(name))
     tensors = {key.removeprefix("model."): tensor for key, tensor in state.items()} if weights else {}
     objectives = config.objectives
     found = Origin(name, config.model, tokenizer, tensors, objectives.contrastive, objectives.diffusion, note, config)
-    found.parts = tuple(modality_names(config.model))
+    found.parts = parts_of(state, modality_names(config.model))
     return found

@@ -38,7 +38,7 @@ def test_features_are_those_of_open_clip(name: str) -> None:
     images, texts = features(theirs, preprocess, ids)
     ours = loaded.encode(image=PICTURES, text=TEXTS)
     assert (ours["image"] - images).abs().max() <= 1e-5 and (ours["text"] - texts).abs().max() <= 1e-5
-    assert (ours["image"][0] - ours["image"][1]).abs().max() > 1e-3  # they say something
+    assert (ours["image"][0] - ours["image"][1]).abs().max() > 1e-4  # they say something
     for given, rows in ((ids, slice(None)), (ids[3:, :3], slice(3, None))):  # padded with zeros, or not
         assert torch.equal(loaded.encode(text=given)["text"], ours["text"][rows])
     counted = sum(p.numel() for part, p in theirs.named_parameters() if not part.startswith("text_decoder."))

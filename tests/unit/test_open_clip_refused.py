@@ -114,7 +114,7 @@ def test_descriptions_that_mm_cannot_follow(tmp_path: Path) -> None:
     assert "49408 ids and its text embedding 1000 rows" in refusal(described(tmp_path, VISION, small))
     assert "32x64 pixels; mm takes square" in refusal(described(tmp_path, VISION | {"image_size": [32, 64]}, TEXT))
     text = TEXT | {"tokenizer_kwargs": {"reduction_mask": "simple"}}
-    assert "no tokenizer with {'reduction_mask'" in refusal(described(tmp_path, VISION, text))
+    assert "tokenizer has no {'reduction_mask'" in refusal(described(tmp_path, VISION, text))
     (tmp_path / "open_clip_config.json").write_text("{")
     assert "is no open_clip config" in refusal(f"open_clip:local-dir:{tmp_path}")
     assert "is not there" in refusal(f"open_clip:local-dir:{tmp_path / 'nowhere'}")

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from open_clips import picture, randomise
+from open_clips import picture
 from safetensors.torch import save_file
+from tiny_clips import randomised
 
 import mm
 from mm.config import ConfigError
 from mm.interop.timm import read
+from mm.models.export import load_export, save_export
 from mm.types import Batch
 
 PICTURES = [picture(200, 170), picture(90, 260)]
@@ -34,7 +36,7 @@ def swin_for_mm(pretrained: bool = False, **options: Any) -> Any:
 def written(name: str, folder: Path, **options: Any) -> tuple[Any, str]:
     """A backbone of timm's with its classifier, nothing at its initial value, and what mm is asked for."""
     trunk: Any = timm.create_model(name, num_classes=7, **options).eval()
-    randomise(trunk)
+    randomised(trunk)
     file = folder / "weights.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in trunk.state_dict().items()}, file)
     return trunk, f"timm:{name}@{file}"
@@ -87,6 +89,13 @@ def test_a_backbone_is_saved_and_has_no_text(tmp_path: Path) -> None:
     loaded = mm.load(written("test_convnext", tmp_path)[1])
     with pytest.raises(ValueError, match="text: not a modality of this model"):
         loaded.encode(text=["a cat"])
+    model = loaded.inference.model
+    state = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
+    save_export(tmp_path / "saved", state, loaded.config, model.tokenizer.to_json(), {})
+    one = loaded.encode(image=PICTURES)["image"]
+    again, _, _, _ = load_export(tmp_path / "saved")
+    assert list(again.encoders) == ["image"]
+    assert torch.equal(mm.load(tmp_path / "saved").encode(image=PICTURES)["image"], one)
 
 
 def test_what_timm_does_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def measure(name: str) -> dict[str, Any]:
     )
     metrics = step.backward(batch, 1)
     optimizer.step()
-    moved = sum(not torch.equal(p, before[key]) for key, p in step.named_parameters())
+    still = [key for key, p in step.named_parameters() if torch.equal(p, before[key])]
     stale = [key for key, p in step.named_parameters() if p.grad is None]
     return {
         "backbone": name,
@@ -78,7 +78,8 @@ def measure(name: str) -> dict[str, Any]:
         "timm_parameters": parameters(trunk),
         "loss": float(metrics["loss"]),
         "tensors": len(before),
-        "tensors_moved": moved,
+        "tensors_moved": len(before) - len(still),
+        "still": still,
         "without_gradient": stale,
     }
 
