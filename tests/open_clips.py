@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import open_clip
 import timm
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -70,10 +71,11 @@ def write(folder: Path, parts: tuple[dict[str, Any], dict[str, Any], dict[str, A
     cfg = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text, **rest}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": preprocess}))
+    torch.manual_seed(0)
     theirs, _, transform = open_clip.create_model_and_transforms(
         f"local-dir:{folder}", load_weights=False, pretrained_hf=False
     )
-    randomised(theirs)
+    randomised(theirs, amount=0.1)  # enough that features of two pictures are far apart
     theirs.logit_scale.data.fill_(np.log(112.33))
     state = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")

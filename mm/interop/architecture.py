@@ -176,7 +176,9 @@ def hugging_face(name: str) -> tuple[dict[str, Any], int]:
         config = pretrained(AutoConfig, name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name}: its config is not on this machine and could not be fetched from the hub") from error
-    return config.to_dict(), int(config.vocab_size)
+    described = config.to_dict()
+    described.pop("_name_or_path", None)  # a folder of whoever read it is nothing to pass on
+    return described, int(config.vocab_size)
 
 
 def _activation(part: dict[str, Any], cfg: dict[str, Any]) -> Activation:

@@ -149,7 +149,12 @@ def _described(source: str, name: str, tag: str, weights: bool) -> tuple[dict[st
         raise ConfigError(f"{source}: open_clip has no weights {tag} of {name}{hint}")
     if known.get("quick_gelu") and not cfg.get("quick_gelu"):
         cfg["quick_gelu"] = True  # open_clip warns and goes on with wrong activations
-    return cfg, {**default, **{k: known[k] for k in default if k in known}}, _fetched(source, known) if weights else ""
+    return cfg, _over(default, known), _fetched(source, known) if weights else ""
+
+
+def _over(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The preprocessing with what a model says of it; null says nothing, as in open_clip."""
+    return {key: value if given.get(key) is None else given[key] for key, value in default.items()}
 
 
 def _fetched(source: str, known: dict[str, Any]) -> str:
@@ -183,7 +188,7 @@ def _folder(
     path = folder / "open_clip_config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        cfg, preprocess = found["model_cfg"], {**default, **found.get("preprocess_cfg", {})}
+        cfg, preprocess = found["model_cfg"], _over(default, found.get("preprocess_cfg") or {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{source}: {path} is not there or is no open_clip config ({_first(error)})") from error
     if not weights:
@@ -200,15 +205,22 @@ def _folder(
 def _repository(
     source: str, repository: str, default: dict[str, Any], weights: bool
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
+    from huggingface_hub import try_to_load_from_cache
     from open_clip.pretrained import download_pretrained_from_hf
 
-    try:
-        path = Path(download_pretrained_from_hf(repository, filename="open_clip_config.json"))
-        file = download_pretrained_from_hf(repository) if weights else ""
-    except Exception as error:
-        raise ConfigError(f"{source}: could not be fetched from the hub ({_first(error)})") from error
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found["model_cfg"], {**default, **found.get("preprocess_cfg", {})}, file
+    if reachable():
+        try:
+            path = download_pretrained_from_hf(repository, filename="open_clip_config.json")
+            file = download_pretrained_from_hf(repository) if weights else ""
+        except Exception as error:  # whatever a client of the network raises
+            raise ConfigError(f"{source}: could not be fetched from the hub ({_first(error)})") from error
+    else:  # the client would try for most of a minute
+        path = try_to_load_from_cache(repository, "open_clip_config.json")
+        if not isinstance(path, str):
+            raise ConfigError(f"{source}: is not on this machine and the hub does not answer; give local-dir:FOLDER")
+        file = _cached(source, repository) if weights else ""
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    return found["model_cfg"], _over(default, found.get("preprocess_cfg") or {}), file
 
 
 def _tokenizer(name: str, cfg: dict[str, Any], text: TextConfig) -> Tokenizer:

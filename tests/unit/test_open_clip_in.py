@@ -38,7 +38,7 @@ def test_features_are_those_of_open_clip(name: str) -> None:
     images, texts = features(theirs, preprocess, ids)
     ours = loaded.encode(image=PICTURES, text=TEXTS)
     assert (ours["image"] - images).abs().max() <= 1e-5 and (ours["text"] - texts).abs().max() <= 1e-5
-    assert (ours["image"][0] - ours["image"][1]).abs().max() > 1e-4  # they say something
+    assert (ours["image"][0] - ours["image"][1]).abs().max() > 1e-3  # they say something
     for given, rows in ((ids, slice(None)), (ids[3:, :3], slice(3, None))):  # padded with zeros, or not
         assert torch.equal(loaded.encode(text=given)["text"], ours["text"][rows])
     counted = sum(p.numel() for part, p in theirs.named_parameters() if not part.startswith("text_decoder."))
@@ -90,6 +90,9 @@ def test_a_training_step_reaches_every_parameter(name: str) -> None:
                 (("image", PICTURES), ("text", TEXTS))}  # fmt: skip
     batch = Batch({"image": prepared["image"][0], "text": prepared["text"][0]}, {"text": prepared["text"][1]})
     encoded = model.encode(batch)
+    if name in OWN:  # no dropout, and packing is exact
+        expected = made(name).loaded.encode(image=PICTURES[:3], text=TEXTS[:3])
+        assert all((encoded[part].pooled - expected[part]).abs().max() <= 1e-5 for part in expected)
     assert origin.contrastive is not None
     logits = 5 * encoded["image"].pooled @ encoded["text"].pooled.T
     torch.nn.functional.cross_entropy(logits, torch.arange(3)).backward()

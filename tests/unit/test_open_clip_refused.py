@@ -45,6 +45,7 @@ def test_names_and_tags_that_open_clip_does_not_know() -> None:
 def test_weights_that_only_the_hub_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("mm.interop.open_clip.reachable", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert "hub does not answer; give local-dir" in refusal("open_clip:hf-hub:nobody/nothing")
     assert "hub does not answer; give a file: @FILE" in refusal("open_clip:ViT-B-32/laion2b_s34b_b79k")
 
 

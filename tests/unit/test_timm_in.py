@@ -35,8 +35,9 @@ def swin_for_mm(pretrained: bool = False, **options: Any) -> Any:
 
 def written(name: str, folder: Path, **options: Any) -> tuple[Any, str]:
     """A backbone of timm's with its classifier, nothing at its initial value, and what mm is asked for."""
+    torch.manual_seed(0)
     trunk: Any = timm.create_model(name, num_classes=7, **options).eval()
-    randomised(trunk)
+    randomised(trunk, amount=0.1)
     file = folder / "weights.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in trunk.state_dict().items()}, file)
     return trunk, f"timm:{name}@{file}"
