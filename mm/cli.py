@@ -17,7 +17,6 @@ mm: shared vision and text encoders, trained by a contrastive and a diffusion ob
   mm demo       data, training, evaluation, pictures and a report, on an embedded real data set
                   mm demo --minutes 8 --out runs/demo
   mm shards     write, index, verify and count image-caption shards
-                  mm shards openmoji shards/openmoji
                   mm shards folder photos shards/photos --captions photos.csv
   mm train      train what a config file describes; the same command resumes
                   mm train configs/debug.py --data.train shards/openmoji --run.steps 100
@@ -33,8 +32,10 @@ mm: shared vision and text encoders, trained by a contrastive and a diffusion ob
                   mm generate runs/demo "red heart" "blue heart" --n 4 --seed 0 --out grid.png
   mm evaluate   measure a trained model on shards
                   mm evaluate runs/demo --data "shards/openmoji/val-*.tar" --out results.json
+  mm release    a model as a folder that mm, open_clip, diffusers or transformers loads
+                  mm release runs/demo released/demo --format open_clip
 
-RUN is a run folder. mm COMMAND --help has the details; --traceback shows where errors come from.
+RUN: a run or released folder, or open_clip:NAME/TAG. mm COMMAND --help says more, --traceback all.
 """
 
 

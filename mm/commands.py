@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mm.usage import Parser, UsageError, number
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+RUN = "run folder, released folder or open_clip:NAME/TAG"
 SMALLEST_CELL = 96  # pixels: smaller pictures are shown enlarged in a grid
 
 
@@ -59,9 +60,15 @@ def chaos(argv: Sequence[str]) -> int:
     return run(argv)
 
 
+def release(argv: Sequence[str]) -> int:
+    from mm.commands_release import release as run
+
+    return run(argv)
+
+
 def classify(argv: Sequence[str]) -> int:
     parser = Parser("classify", "The likeliest labels of each image, with their probabilities.")
-    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("run", metavar="RUN", help=RUN)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file")
     parser.add_argument("--labels", help="comma-separated: cat,dog")
     parser.add_argument("--labels-file", metavar="FILE", help="one label a line")
@@ -122,7 +129,7 @@ def open_image(path: str) -> Image.Image:
 
 def generate(argv: Sequence[str]) -> int:
     parser = Parser("generate", "A PNG with one row of images a prompt; column k has seed SEED + k.")
-    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("run", metavar="RUN", help=RUN)
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="what to draw")
     parser.add_argument("--n", type=number(int, 1), default=4, help="images a prompt (default: 4)")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of the first column (default: 0)")
@@ -148,7 +155,7 @@ def generate(argv: Sequence[str]) -> int:
 
 def evaluate(argv: Sequence[str]) -> int:
     parser = Parser("evaluate", "Measures a trained model on shards.")
-    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("run", metavar="RUN", help=RUN)
     parser.add_argument("--data", metavar="SHARDS", required=True, help="a folder, a pattern, or several joined by ::")
     parser.add_argument("--labels-from", metavar="SHARDS", help="shards of the whole label set (default: all splits)")
     parser.add_argument("--tasks", default="zero_shot,generation", help="comma-separated (default: %(default)s)")
@@ -160,9 +167,21 @@ def evaluate(argv: Sequence[str]) -> int:
     from mm.evaluation.run import evaluate as run
     from mm.evaluation.run import summary
 
+    elsewhere: dict[str, Any] = {"load": _elsewhere} if ":" in args.run and not Path(args.run).exists() else {}
     show = sys.stderr.isatty()
-    print(summary(run(args.run, data=args.data, tasks=tasks, candidates=args.labels_from, out=args.out, progress=show)))
+    found = run(
+        args.run, data=args.data, tasks=tasks, candidates=args.labels_from, out=args.out, progress=show, **elsewhere
+    )
+    print(summary(found))
     return 0
+
+
+def _elsewhere(source: str) -> Any:
+    """Another library's model as `mm.evaluation.run` takes it."""
+    from mm.interop.sources import read
+
+    origin = read(source)
+    return origin.build().float(), origin.extras(), origin.config(), origin.note
 
 
 COMMANDS = {
@@ -175,4 +194,5 @@ COMMANDS = {
     "classify": classify,
     "generate": generate,
     "evaluate": evaluate,
+    "release": release,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -55,15 +56,21 @@ class CorpusTokenizer:
         return CorpusTokenizer, (self.to_json(),)
 
 
+@functools.cache
+def clip_table() -> Any:
+    """open_clip's; a fifth of a second to read."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
 class ClipTokenizer:
     """CLIP's BPE from open_clip, with its start and end tokens."""
 
     vocab_size = 49408
 
     def __init__(self) -> None:
-        from open_clip.tokenizer import SimpleTokenizer
-
-        self._clip = SimpleTokenizer()
+        self._clip = clip_table()
 
     def encode(self, text: str) -> list[int]:
         return [self._clip.sot_token_id, *self._clip.encode(text), self._clip.eot_token_id]

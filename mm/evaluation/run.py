@@ -9,15 +9,15 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from mm.config import ConfigError
+from mm.config import ConfigError, TrainConfig
 from mm.evaluation import samples
 from mm.evaluation.added import retrieval_with
 from mm.evaluation.images import pixel_rank, write_whole
@@ -26,6 +26,9 @@ from mm.evaluation.retrieval import recall
 from mm.evaluation.samples import SampleSet
 from mm.fields import suggestion
 from mm.models.export import find_export, load_export
+
+if TYPE_CHECKING:
+    from mm.models.model import Model
 
 SKIN = "skin tone"  # in a caption: a variant that differs from its neighbours in one colour
 NEAR = 10  # a drawing is right when its picture is among so many nearest
@@ -60,13 +63,15 @@ def evaluate(
     seed: int = 0,
     precision: Literal["bf16", "fp32"] = "bf16",
     progress: bool = True,
+    load: Callable[[str], tuple[Model, dict[str, Tensor], TrainConfig, dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Measures the model of a run folder on the held-out shards `data`; returns the result, and writes it to `out`.
 
     `candidates`: shards whose captions and pictures are the whole label set and reference set, by default all splits
     beside `data`. `tasks`: any of zero_shot, retrieval, generation. Generation draws the held-out captions and, where
     there are train shards, `limit` of theirs, drawing i with seed `seed` + i. Deterministic. `precision` is that of
-    the model's matrix products. Raises ConfigError for a run, shards or a task that cannot be used.
+    the model's matrix products. `load` reads the model where `run` is no folder of mm's. Raises ConfigError for a run,
+    shards or a task that cannot be used.
     """
     for task in tasks:
         if task not in TASKS:
@@ -74,7 +79,7 @@ def evaluate(
     if not tasks or limit < 1:
         raise ConfigError(f"tasks = {list(tasks)}, limit = {limit}: nothing to measure; give a task and a limit of 1")
     folder = Path(run)
-    model, extras, config, note = load_export(find_export(run))
+    model, extras, config, note = load_export(find_export(run)) if load is None else load(os.fspath(run))
     for task in tasks:
         needs = "diffusion" if task == "generation" else "contrastive"
         if getattr(config.objectives, needs) is None:
@@ -97,7 +102,7 @@ def evaluate(
         progress=progress,
     )
     result: dict[str, Any] = {
-        "run": folder.resolve().name,
+        "run": folder.resolve().name if folder.exists() else os.fspath(run),
         "step": int(note["step"]) if str(note.get("step", "")).isdigit() else None,
         "seed": config.run.seed,
         "data": [Path(file).name for file in held_out],

@@ -56,8 +56,9 @@ def _mm(name: str, weights: bool) -> Origin:
     from mm.models.export import find_export, parts_of, read_export
 
     state, tokenizer, config, note = read_export(find_export(name))
-    tensors = {key.removeprefix("model."): tensor for key, tensor in state.items()} if weights else {}
+    tensors = {key.removeprefix("model."): tensor for key, tensor in state.items()}
     objectives = config.objectives
     found = Origin(name, config.model, tokenizer, tensors, objectives.contrastive, objectives.diffusion, note, config)
     found.parts = parts_of(state, modality_names(config.model))
+    found.tensors = tensors if weights else {}
     return found

@@ -24,7 +24,7 @@ EXPORT = "export"  # inside a run folder
 
 
 def save_export(
-    folder: str | os.PathLike[str], state: dict[str, Tensor], config: TrainConfig, tokenizer: str, note: dict[str, str]
+    folder: str | os.PathLike[str], state: dict[str, Tensor], config: TrainConfig, tokenizer: str, note: dict[str, Any]
 ) -> None:
     """Write `state` (of a `TrainStep`), the config and the serialised tokenizer to `folder`, over what was there.
 

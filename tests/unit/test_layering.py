@@ -40,6 +40,7 @@ ROOMS = [
         "mm.commands_plan",
         "mm.chaos",
         "mm.commands_chaos",
+        "mm.commands_release",
     },
 ]
 RANKS = {name: rank for rank, room in enumerate(ROOMS) for name in room}

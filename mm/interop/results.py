@@ -1,0 +1,84 @@
+"""Evaluation results for a model card: only from the JSON files that `mm evaluate` and `mm demo` wrote."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mm.config import ConfigError
+from mm.evaluation.run import Share, headlines
+
+LARGEST = 64 << 20  # bytes of a results file
+BESIDE = ("config.json", "tokenizer.json", "timings.json", "release.json")  # of a run folder: no results
+
+
+@dataclass
+class Found:
+    """One evaluation, and the file that holds it."""
+
+    file: str  # its name
+    date: str  # when it was written, UTC
+    result: dict[str, Any]
+
+    def shares(self) -> dict[str, Share]:
+        """Shares of yes-or-no outcomes by what they say, retrieval's among them, which carries no error."""
+        recalls: dict[str, Share] = {}
+        pairs = self.result.get("retrieval") or {}
+        for found in (pairs, pairs.get("modalities") or {}):
+            recalls |= {f"retrieval, {k}": Share(v, 0.0, found["pairs"]) for k, v in found.items() if "@" in k}
+        heads = {_full(name): share for name, share in headlines(self.result).items()}
+        return heads | recalls
+
+
+def _full(name: str) -> str:
+    """A headline that stands alone."""
+    return name.replace("… ", "drawing, " if "captions" in name else "zero-shot top-1, ")
+
+
+def of_run(folder: Path, seed: int | None) -> list[Found]:
+    """The evaluations in a run folder's JSON files of a run with this seed, each once."""
+    found: list[Found] = []
+    for path in sorted(folder.glob("*.json")):
+        if path.name not in BESIDE:
+            found += [one for one in read(path, strict=False) if seed is None or one.result.get("seed") in (seed, None)]
+    fresh: list[Found] = []
+    for one in found:
+        if one.result not in [other.result for other in fresh]:
+            fresh.append(one)
+    return fresh
+
+
+def of_files(files: Sequence[str]) -> list[Found]:
+    """The evaluations in these files. Raises ConfigError for one that holds none."""
+    return [one for file in files for one in read(Path(file))]
+
+
+def read(path: Path, strict: bool = True) -> list[Found]:
+    """The evaluations in one file; none, or with `strict` a ConfigError, where it holds none."""
+    problem = "no results of mm evaluate or mm demo in it"
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"over {LARGEST >> 20} MB")
+        data = json.loads(path.read_text(encoding="utf-8"))
+        date = time.strftime("%Y-%m-%d", time.gmtime(path.stat().st_mtime))
+    except (OSError, ValueError) as error:
+        data, date, problem = None, "", f"not a results file ({error})"
+    several = data.get("results") if isinstance(data, dict) else None
+    found = []
+    for result in several if isinstance(several, list) else [data]:
+        if isinstance(result, dict) and _whole(one := Found(path.name, date, result)):
+            found.append(one)
+    if strict and not found:
+        raise ConfigError(f"--results {path}: {problem}; give a file that mm evaluate --out wrote")
+    return found
+
+
+def _whole(one: Found) -> bool:
+    try:
+        return bool(one.shares())
+    except (TypeError, KeyError, AttributeError):
+        return False
