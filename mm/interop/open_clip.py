@@ -38,7 +38,7 @@ def read(source: str, weights: bool = True) -> Origin:
     name, tag = (where, "") if where.startswith(("hf-hub:", "local-dir:")) else _split(where)
     cfg, preprocess, found = _described(source, name, tag, weights and not file)
     model = model_config(name, cfg, preprocess)
-    tokenizer = _tokenizer(name, cfg, model.text)
+    tokenizer = _tokenizer(cfg, model.text, name)
     note = {"open_clip": {"name": name, "tag": tag, "model_cfg": cfg, "preprocess_cfg": preprocess}}
     check_tokenizer(source, model, tokenizer)
     origin = Origin(source, model, tokenizer, contrastive=contrastive_config(cfg), note=note)
@@ -223,7 +223,7 @@ def _repository(
     return found["model_cfg"], _over(default, found.get("preprocess_cfg") or {}), file
 
 
-def _tokenizer(name: str, cfg: dict[str, Any], text: TextConfig) -> Tokenizer:
+def _tokenizer(cfg: dict[str, Any], text: TextConfig, name: str = "open_clip") -> Tokenizer:
     theirs = cfg["text_cfg"]
     known, options = theirs.get("hf_tokenizer_name"), dict(theirs.get("tokenizer_kwargs") or {})
     if theirs.get("tokenizer_mode"):
