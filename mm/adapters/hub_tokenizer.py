@@ -23,15 +23,19 @@ class HubTokenizer:
         self.clean, self.blank = clean, blank
         self._cleaned: Callable[[str], str] | None = None
         self._rust: Any = None
+        self.tail = 1  # tokens that stand behind every text, and are kept where one is cut
         if serialized:
             from tokenizers import Tokenizer as Rust
 
             self._rust = Rust.from_str(serialized)
             self._rust.no_padding()
             self._rust.no_truncation()
+            self.tail = self._rust.encode("a").special_tokens_mask[::-1].index(0)
 
     def encode(self, text: str) -> list[int]:
         ids = self._ready().encode(self._clean(text)).ids
+        if ids and max(ids) >= self.vocab_size:
+            raise ValueError(f"text: {text[:40]!r} has token {max(ids)}; the model knows {self.vocab_size}; reword it")
         return [0 if i == self.blank else i for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from mm.interop import names
 from mm.interop.architecture import contrastive_config, model_config
 from mm.interop.files import read_weights
 from mm.interop.hub import pretrained, reachable
-from mm.interop.origin import Origin, refuse_difference
+from mm.interop.origin import Origin, check_tokenizer, refuse_difference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from mm.config import ModelConfig
 
 PREFIX = "open_clip:"
-IGNORED = ("attn_mask", "position_ids", "text_decoder.", "num_batches_tracked")
+IGNORED = ("attn_mask", "position_ids", "text_decoder.")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
+TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")  # of CLIP's own
 
 
 def read(source: str, weights: bool = True) -> Origin:
@@ -37,6 +40,7 @@ def read(source: str, weights: bool = True) -> Origin:
     model = model_config(name, cfg, preprocess)
     tokenizer = _tokenizer(name, cfg, model)
     note = {"open_clip": {"name": name, "tag": tag, "model_cfg": cfg, "preprocess_cfg": preprocess}}
+    check_tokenizer(source, model, tokenizer)
     origin = Origin(source, model, tokenizer, contrastive=contrastive_config(cfg), note=note)
     if weights:
         origin.tensors = convert(source, read_weights(file or found), origin)
@@ -45,7 +49,9 @@ def read(source: str, weights: bool = True) -> Origin:
 
 def convert(source: str, theirs: dict[str, Tensor], origin: Origin) -> dict[str, Tensor]:
     """open_clip's state dict by mm's names. Raises ConfigError naming what differs from the architecture."""
-    given = {name: tensor for name, tensor in theirs.items() if not any(part in name for part in IGNORED[:3])}
+    given = {name: tensor for name, tensor in theirs.items() if not any(part in name for part in IGNORED)}
+    if origin.model.text.tower is not None and not any(name.startswith("text.") for name in given):
+        given = {_apart(name): tensor for name, tensor in given.items()}
     table = pairs(origin.model, "text." if any(name.startswith("text.") for name in given) else "")
     assert origin.contrastive is not None
     table += names.scale("logit_bias" in given)
@@ -53,7 +59,11 @@ def convert(source: str, theirs: dict[str, Tensor], origin: Origin) -> dict[str,
     own = {name.theirs for name in table}
     for name in table:
         if name.theirs in given:
-            ours[name.ours] = names.FORMS[name.form][0](given[name.theirs]).float().contiguous()
+            try:
+                ours[name.ours] = names.FORMS[name.form][0](given[name.theirs]).float().contiguous()
+            except (RuntimeError, IndexError) as error:
+                shape = "x".join(map(str, given[name.theirs].shape))
+                raise ConfigError(f"{source}: weights of another architecture: {name.theirs} is {shape}") from error
     whole = _wrapped(origin.model)
     for key, tensor in given.items():
         for theirs_prefix, ours_prefix in whole.items():
@@ -63,6 +73,7 @@ def convert(source: str, theirs: dict[str, Tensor], origin: Origin) -> dict[str,
     lacks: dict[str, tuple[int, ...]] = {name.theirs: () for name in table if name.theirs not in given}
     extra: dict[str, tuple[int, ...]] = {key: () for key in given if key not in own}
     refuse_difference(source, lacks, extra, origin.note["open_clip"]["name"])
+    _refuse_size(source, origin.model, ours)
     if "objectives.contrastive.logit_scale" in ours:
         factor = float(ours["objectives.contrastive.logit_scale"].exp())
         origin.contrastive.init_scale, origin.contrastive.max_scale = factor, max(100.0, factor)
@@ -78,6 +89,25 @@ def pairs(model: ModelConfig, inside: str) -> list[names.Name]:
     if image.tower is None:
         found += names.siglip_image(image) if image.pool == "map" else names.clip_image(image)
     return found if text.tower is not None else found + names.text(text, inside)
+
+
+def _apart(name: str) -> str:
+    """A text tower's tensor as it is named in models that keep the tower in a module of its own."""
+    return f"text.{name}" if name.startswith(TEXT) else name
+
+
+def _refuse_size(source: str, model: ModelConfig, ours: dict[str, Tensor]) -> None:
+    """Raises ConfigError where the weights are for pictures of another size than the model's."""
+    image, position = model.image, ours.get("adapters.image.position")
+    if position is None:
+        return
+    patches = len(position) - (image.pool in ("cls", "patches"))
+    side = math.isqrt(patches)
+    if side * side == patches and side != image.size // image.patch:
+        raise ConfigError(
+            f"{source}: its weights are for pictures of {side * image.patch} pixels a side and "
+            f"model.image.size = {image.size}; name the open_clip model of that size"
+        )
 
 
 def _wrapped(model: ModelConfig) -> dict[str, str]:
@@ -187,27 +217,45 @@ def _tokenizer(name: str, cfg: dict[str, Any], model: ModelConfig) -> Tokenizer:
 
     text = cfg["text_cfg"]
     known = text.get("hf_tokenizer_name")
+    options = dict(text.get("tokenizer_kwargs") or {})
+    clean = options.pop("clean", "whitespace" if known else "lower")
+    strip = options.pop("strip_sep_token", False)
+    other = options if known else options | ({"clean": clean} if clean != "lower" else {})
+    if other or text.get("tokenizer_mode"):
+        raise ConfigError(f"{name}: mm has no tokenizer with {other or text['tokenizer_mode']}; give token ids instead")
     if not known:
         return ClipTokenizer()
-    options = text.get("tokenizer_kwargs") or {}
-    clean = options.get("clean", "whitespace")
     size = model.text.vocab_size
     try:
         from transformers import AutoTokenizer
 
-        fast = pretrained(AutoTokenizer, known)
+        fast = pretrained(AutoTokenizer, _beside(name, known))
     except (ImportError, OSError, ValueError):  # text is refused later, by name; token ids work
-        model.text.pad_id = 1 if "SigLIP" in known and "SigLIP2" not in known else model.text.pad_id
+        model.text.pad_id = _usual_padding(known, text)
         return HubTokenizer(known, size, clean=clean)
-    blank = fast.sep_token_id if options.get("strip_sep_token") else None
+    blank = fast.sep_token_id if strip else None
     model.text.pad_id = int(fast.pad_token_id or 0)
-    tokenizer = HubTokenizer(known, len(fast), fast.backend_tokenizer.to_str(), clean, blank)
-    if len(fast) > size:
+    beyond = [word for word, number in fast.get_vocab().items() if number >= size and "extra_id" not in word]
+    if beyond:  # placeholders that T5's vocabularies end with never stand in a text
         raise ConfigError(
-            f"{name}: the tokenizer {known} has {len(fast)} ids and the text embedding {size} rows; they do not fit"
+            f"{name}: the tokenizer {known} has {len(fast)} ids and the text embedding {size} rows; "
+            "they do not belong together"
         )
-    tokenizer.vocab_size = size  # the embedding's, which may have spare rows
-    return tokenizer
+    return HubTokenizer(known, size, fast.backend_tokenizer.to_str(), clean, blank)
+
+
+def _beside(name: str, known: str) -> str:
+    """Where the tokenizer is: as in open_clip, in the model's own folder, where there is one."""
+    folder = Path(name.removeprefix("local-dir:"))
+    own = name.startswith("local-dir:") and any((folder / file).is_file() for file in TOKENIZERS)
+    return str(folder) if own else known
+
+
+def _usual_padding(known: str, text: dict[str, Any]) -> int:
+    """The id of padding where the tokenizer cannot be asked: T5's 0 beside its end 1, RoBERTa's 1 beside its end 2."""
+    if "SigLIP" in known and "SigLIP2" not in known:
+        return 1  # its end token
+    return 1 if text.get("pool_type") == "eos" and text.get("eos_id", 2) == 2 else int(text.get("pad_id", 0))
 
 
 def _first(error: Exception) -> str:

