@@ -56,6 +56,9 @@ def tiny_siglip_for_mm(pretrained: bool = False, **options: Any) -> VisionTransf
     return VisionTransformer(**{"img_size": 36} | shape | options)
 
 
+KEPT = tempfile.TemporaryDirectory(prefix="mm-open-clip-")  # until the process ends
+
+
 class Made(NamedTuple):
     """open_clip's own model and transform, and mm's from the same folder."""
 
@@ -84,7 +87,7 @@ def write(folder: Path, parts: tuple[dict[str, Any], dict[str, Any], dict[str, A
 
 @functools.cache
 def made(name: str) -> Made:
-    folder = Path(tempfile.mkdtemp(prefix="mm-open-clip-"))
+    folder = Path(KEPT.name, name)
     theirs, transform = write(
         folder, (OWN | WRAPPED)[name], mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25], resize_mode="squash"
     )
