@@ -90,9 +90,9 @@ def _validate_model(model: ModelConfig) -> None:
                     f"model.{name}.proj = 'none': model.{name}.width = {part.width} must be model.embed_dim = "
                     f"{model.embed_dim}; set that, or proj = linear"
                 )
-    if image.tower is None:
+    if image.tower is None and (image.resize == "crop" or image.size < image.patch):  # SigLIP's 384 are 27 x 14 and 6
         _multiple("model.image.size", image.size, image.patch, "model.image.patch")
-    if text.tokenizer == "clip" and text.vocab_size != 49408:
+    if text.tokenizer == "clip" and text.vocab_size != 49408 and text.tower is None:
         raise ConfigError(
             f"model.text.vocab_size = {text.vocab_size}: CLIP's tokenizer has 49408 entries; "
             "set 49408, or model.text.tokenizer = corpus"

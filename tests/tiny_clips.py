@@ -13,15 +13,15 @@ VISION: dict[str, Any] = {"image_size": 32, "layers": 2, "width": 64, "head_widt
 TEXT: dict[str, Any] = {"context_length": 16, "vocab_size": 49408, "width": 48, "heads": 3, "layers": 2}
 
 
-def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def randomised(model: torch.nn.Module, seed: int = 0, amount: float = 0.05) -> torch.nn.Module:
     """Every parameter moved by noise, and every running statistic."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(amount * torch.randn(parameter.shape, generator=generator))
         for name, buffer in model.named_buffers():
             if "running_" in name:
-                buffer.add_(0.05 * torch.rand(buffer.shape, generator=generator))
+                buffer.add_(amount * torch.rand(buffer.shape, generator=generator))
     return model.eval()
 
 

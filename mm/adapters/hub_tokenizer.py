@@ -23,15 +23,20 @@ class HubTokenizer:
         self.name, self.vocab_size, self.serialized = name, vocab_size, serialized
         self.clean, self.blank = clean, blank
         self._rust: Any = None
+        self.tail = 1  # tokens that stand behind every text, and are kept where one is cut
         if serialized:
             from tokenizers import Tokenizer as Rust
 
             self._rust = Rust.from_str(serialized)
             self._rust.no_padding()
             self._rust.no_truncation()
+            special = self._rust.encode("a").special_tokens_mask[::-1]
+            self.tail = special.index(0) if 0 in special else len(special)
 
     def encode(self, text: str) -> list[int]:
         ids = self._ready().encode(cleaned(text, self.clean)).ids
+        if ids and max(ids) >= self.vocab_size:
+            raise ValueError(f"text: {text[:40]!r} has token {max(ids)}; the model knows {self.vocab_size}; reword it")
         return [0 if i == self.blank else i for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -134,9 +134,13 @@ class ImageAdapter(Adapter):
         self.norm = Norm(config.width, eps=config.eps) if config.pre_norm else nn.Identity()
 
     def embed(self, batch: Batch) -> Tokens:
-        """Tokens `[B, N, D]` from uint8 pixels `[B, 3, H, W]`, H and W any multiples of the patch."""
+        """Tokens `[B, N, D]` from uint8 pixels `[B, 3, H, W]`; what is left of H or W beyond whole patches is not seen.
+
+        SigLIP's 384 pixels are 27 patches of 14 and 6 pixels more, which its convolution leaves out.
+        """
         pixels = (batch.inputs[self.name].float() - self.mean) / self.std
         rows, columns = pixels.shape[2] // self.patch, pixels.shape[3] // self.patch
+        pixels = pixels[..., : rows * self.patch, : columns * self.patch]
         x = self.proj(patchify(pixels, self.patch))
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1).to(x.dtype), x], dim=1)

@@ -85,7 +85,7 @@ class Fit:
             wanted = (wanted[0], size if height <= width else int(size * height / short))
         else:
             ratio = max(height / size, width / size)
-            wanted = (round(width / ratio), round(height / ratio))
+            wanted = (max(1, round(width / ratio)), max(1, round(height / ratio)))  # open_clip has an error for 0
         if wanted != (width, height):
             image = image.resize(wanted, how)
         left, top = _middle(wanted[0], size), _middle(wanted[1], size)

@@ -136,7 +136,8 @@ class TextProcessor(Processor):
         if text not in self._cache:
             ids = self.tokenizer.encode(text)
             if len(ids) > self.context_length:
-                ids = [*ids[: self.context_length - 1], ids[-1]]
+                kept = getattr(self.tokenizer, "tail", 1)  # the end token; a hub's may have none, or two
+                ids = [*ids[: self.context_length - kept], *ids[len(ids) - kept :]]
             if len(self._cache) > 65536:  # bounded: captions of a large corpus hardly repeat
                 self._cache.clear()
             self._cache[text] = np.asarray(ids, dtype=np.int64)

@@ -31,7 +31,7 @@ def contrastive_config(cfg: dict[str, Any]) -> ContrastiveConfig:
 
 def _image(name: str, cfg: dict[str, Any], preprocess: dict[str, Any]) -> ImageConfig:
     vision = cfg["vision_cfg"]
-    size = _square(name, preprocess.get("size") or vision.get("image_size", 224))
+    size = _square(name, vision.get("image_size", 224))  # which open_clip puts in place of what preprocess says
     common: dict[str, Any] = {
         "size": size,
         "mean": _three(preprocess["mean"]),
@@ -104,7 +104,7 @@ def _siglip(vision: dict[str, Any], size: int) -> dict[str, Any] | None:
         and block.attn.qkv.bias is not None  # type: ignore[union-attr]
         and pool.num_heads == block.attn.num_heads
         and _named_activation(pool.mlp.act) == activation
-        and vision.get("timm_proj") in ("none", None, "")
+        and vision.get("timm_proj", "linear") == "none"  # with "" there is a projection in timm's head
     )
     if not plain or activation is None:
         return None
@@ -156,7 +156,7 @@ def _text(name: str, cfg: dict[str, Any]) -> TextConfig:
         heads=text.get("heads", 8),
         mlp_ratio=text.get("mlp_ratio", 4.0),
         pool=pool,  # type: ignore[arg-type]
-        masked=shape["causal"],  # what is causal and pooled at the end token never sees the padding
+        masked=shape["causal"] and pool == "last",  # what is causal and pooled at the end token never sees the padding
         activation=_activation(text, cfg),
         qk_norm=False,
         eps=float((text.get("norm_kwargs") or {}).get("eps", 1e-5)),
@@ -176,7 +176,9 @@ def hugging_face(name: str) -> tuple[dict[str, Any], int]:
         config = pretrained(AutoConfig, name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name}: its config is not on this machine and could not be fetched from the hub") from error
-    return config.to_dict(), int(config.vocab_size)
+    described = config.to_dict()
+    described.pop("_name_or_path", None)  # a folder of whoever read it is nothing to pass on
+    return described, int(config.vocab_size)
 
 
 def _activation(part: dict[str, Any], cfg: dict[str, Any]) -> Activation:

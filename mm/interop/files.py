@@ -25,6 +25,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises ConfigError for a file that is missing, damaged, of another kind, or that would run code.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name the weights file in it")
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     if path.suffix == ".safetensors":

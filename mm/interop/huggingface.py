@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mm.adapters.hub import pretrained
 from mm.config import ConfigError, ContrastiveConfig, ImageConfig, ModelConfig, TextConfig, TowerConfig
 from mm.interop.architecture import hugging_face
-from mm.interop.open_clip import hub_tokenizer
 from mm.interop.origin import Origin
+from mm.interop.tokenizer_in import hub_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

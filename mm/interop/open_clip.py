@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm.adapters.hub import pretrained, reachable
-from mm.adapters.hub_tokenizer import HubTokenizer
+from mm.adapters.hub import reachable
 from mm.adapters.text import ClipTokenizer
 from mm.config import ConfigError
 from mm.fields import suggestion
 from mm.interop import names
 from mm.interop.architecture import contrastive_config, model_config
 from mm.interop.files import read_weights
-from mm.interop.origin import Origin, refuse_difference
+from mm.interop.origin import Origin, check_tokenizer, refuse_difference
+from mm.interop.tokenizer_in import hub_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from mm.config import ModelConfig, TextConfig
 
 PREFIX = "open_clip:"
-IGNORED = ("attn_mask", "position_ids", "text_decoder.", "num_batches_tracked")
+IGNORED = ("attn_mask", "position_ids", "text_decoder.")
+TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")  # of CLIP's own
 
 
 def read(source: str, weights: bool = True) -> Origin:
@@ -36,8 +38,9 @@ def read(source: str, weights: bool = True) -> Origin:
     name, tag = (where, "") if where.startswith(("hf-hub:", "local-dir:")) else _split(where)
     cfg, preprocess, found = _described(source, name, tag, weights and not file)
     model = model_config(name, cfg, preprocess)
-    tokenizer = _tokenizer(cfg, model.text)
+    tokenizer = _tokenizer(cfg, model.text, name)
     note = {"open_clip": {"name": name, "tag": tag, "model_cfg": cfg, "preprocess_cfg": preprocess}}
+    check_tokenizer(source, model, tokenizer)
     origin = Origin(source, model, tokenizer, contrastive=contrastive_config(cfg), note=note)
     if weights:
         origin.tensors = convert(source, read_weights(file or found), origin)
@@ -46,7 +49,9 @@ def read(source: str, weights: bool = True) -> Origin:
 
 def convert(source: str, theirs: dict[str, Tensor], origin: Origin) -> dict[str, Tensor]:
     """open_clip's state dict by mm's names. Raises ConfigError naming what differs from the architecture."""
-    given = {name: tensor for name, tensor in theirs.items() if not any(part in name for part in IGNORED[:3])}
+    given = {name: tensor for name, tensor in theirs.items() if not any(part in name for part in IGNORED)}
+    if origin.model.text.tower is not None and not any(name.startswith("text.") for name in given):
+        given = {_apart(name): tensor for name, tensor in given.items()}
     table = pairs(origin.model, "text." if any(name.startswith("text.") for name in given) else "")
     assert origin.contrastive is not None
     table += names.scale("logit_bias" in given)
@@ -54,7 +59,11 @@ def convert(source: str, theirs: dict[str, Tensor], origin: Origin) -> dict[str,
     own = {name.theirs for name in table}
     for name in table:
         if name.theirs in given:
-            ours[name.ours] = names.FORMS[name.form][0](given[name.theirs]).float().contiguous()
+            try:
+                ours[name.ours] = names.FORMS[name.form][0](given[name.theirs]).float().contiguous()
+            except (RuntimeError, IndexError) as error:
+                shape = "x".join(map(str, given[name.theirs].shape))
+                raise ConfigError(f"{source}: weights of another architecture: {name.theirs} is {shape}") from error
     whole = _wrapped(origin.model)
     for key, tensor in given.items():
         for theirs_prefix, ours_prefix in whole.items():
@@ -64,6 +73,7 @@ def convert(source: str, theirs: dict[str, Tensor], origin: Origin) -> dict[str,
     lacks: dict[str, tuple[int, ...]] = {name.theirs: () for name in table if name.theirs not in given}
     extra: dict[str, tuple[int, ...]] = {key: () for key in given if key not in own}
     refuse_difference(source, lacks, extra, origin.note["open_clip"]["name"])
+    _refuse_size(source, origin.model, ours)
     if "objectives.contrastive.logit_scale" in ours:
         factor = float(ours["objectives.contrastive.logit_scale"].exp())
         origin.contrastive.init_scale, origin.contrastive.max_scale = factor, max(100.0, factor)
@@ -79,6 +89,25 @@ def pairs(model: ModelConfig, inside: str) -> list[names.Name]:
     if image.tower is None:
         found += names.siglip_image(image) if image.pool == "map" else names.clip_image(image)
     return found if text.tower is not None else found + names.text(text, inside)
+
+
+def _apart(name: str) -> str:
+    """A text tower's tensor as it is named in models that keep the tower in a module of its own."""
+    return f"text.{name}" if name.startswith(TEXT) else name
+
+
+def _refuse_size(source: str, model: ModelConfig, ours: dict[str, Tensor]) -> None:
+    """Raises ConfigError where the weights are for pictures of another size than the model's."""
+    image, position = model.image, ours.get("adapters.image.position")
+    if position is None:
+        return
+    patches = len(position) - (image.pool in ("cls", "patches"))
+    side = math.isqrt(patches)
+    if side * side == patches and side != image.size // image.patch:
+        raise ConfigError(
+            f"{source}: its weights are for pictures of {side * image.patch} pixels a side and "
+            f"model.image.size = {image.size}; name the open_clip model of that size"
+        )
 
 
 def _wrapped(model: ModelConfig) -> dict[str, str]:
@@ -120,7 +149,12 @@ def _described(source: str, name: str, tag: str, weights: bool) -> tuple[dict[st
         raise ConfigError(f"{source}: open_clip has no weights {tag} of {name}{hint}")
     if known.get("quick_gelu") and not cfg.get("quick_gelu"):
         cfg["quick_gelu"] = True  # open_clip warns and goes on with wrong activations
-    return cfg, {**default, **{k: known[k] for k in default if k in known}}, _fetched(source, known) if weights else ""
+    return cfg, _over(default, known), _fetched(source, known) if weights else ""
+
+
+def _over(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The preprocessing with what a model says of it; null says nothing, as in open_clip."""
+    return {key: value if given.get(key) is None else given[key] for key, value in default.items()}
 
 
 def _fetched(source: str, known: dict[str, Any]) -> str:
@@ -154,7 +188,7 @@ def _folder(
     path = folder / "open_clip_config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        cfg, preprocess = found["model_cfg"], {**default, **found.get("preprocess_cfg", {})}
+        cfg, preprocess = found["model_cfg"], _over(default, found.get("preprocess_cfg") or {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{source}: {path} is not there or is no open_clip config ({_first(error)})") from error
     if not weights:
@@ -171,43 +205,36 @@ def _folder(
 def _repository(
     source: str, repository: str, default: dict[str, Any], weights: bool
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
+    from huggingface_hub import try_to_load_from_cache
     from open_clip.pretrained import download_pretrained_from_hf
 
-    try:
-        path = Path(download_pretrained_from_hf(repository, filename="open_clip_config.json"))
-        file = download_pretrained_from_hf(repository) if weights else ""
-    except Exception as error:
-        raise ConfigError(f"{source}: could not be fetched from the hub ({_first(error)})") from error
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found["model_cfg"], {**default, **found.get("preprocess_cfg", {})}, file
+    if reachable():
+        try:
+            path = download_pretrained_from_hf(repository, filename="open_clip_config.json")
+            file = download_pretrained_from_hf(repository) if weights else ""
+        except Exception as error:  # whatever a client of the network raises
+            raise ConfigError(f"{source}: could not be fetched from the hub ({_first(error)})") from error
+    else:  # the client would try for most of a minute
+        path = try_to_load_from_cache(repository, "open_clip_config.json")
+        if not isinstance(path, str):
+            raise ConfigError(f"{source}: is not on this machine and the hub does not answer; give local-dir:FOLDER")
+        file = _cached(source, repository) if weights else ""
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    return found["model_cfg"], _over(default, found.get("preprocess_cfg") or {}), file
 
 
-def _tokenizer(cfg: dict[str, Any], text: TextConfig) -> Tokenizer:
-    known = cfg["text_cfg"].get("hf_tokenizer_name")
-    return hub_tokenizer(known, cfg["text_cfg"].get("tokenizer_kwargs") or {}, text) if known else ClipTokenizer()
-
-
-def hub_tokenizer(known: str, options: dict[str, Any], text: TextConfig) -> Tokenizer:
-    """A Hugging Face tokenizer with its serialisation inside, or only its name where it cannot be had now.
-
-    `text.pad_id` becomes its padding. Raises ConfigError where it has more ids than the embedding has rows.
-    """
-    clean, size = options.get("clean", "whitespace"), text.vocab_size
-    try:
-        from transformers import AutoTokenizer
-
-        fast = pretrained(AutoTokenizer, known)
-    except (ImportError, OSError, ValueError):  # text is refused later, by name; token ids work
-        text.pad_id = 1 if "SigLIP" in known and "SigLIP2" not in known else text.pad_id
-        return HubTokenizer(known, size, clean=clean)
-    if len(fast) > size:
-        raise ConfigError(
-            f"{known}: the tokenizer has {len(fast)} ids and the text embedding {size} rows; they do not fit"
-        )
-    text.pad_id = int(fast.pad_token_id or 0)
-    blank = fast.sep_token_id if options.get("strip_sep_token") else None
-    # as many ids as the embedding has rows, of which some may be spare
-    return HubTokenizer(known, size, fast.backend_tokenizer.to_str(), clean, blank)
+def _tokenizer(cfg: dict[str, Any], text: TextConfig, name: str = "open_clip") -> Tokenizer:
+    theirs = cfg["text_cfg"]
+    known, options = theirs.get("hf_tokenizer_name"), dict(theirs.get("tokenizer_kwargs") or {})
+    if theirs.get("tokenizer_mode"):
+        options["tokenizer_mode"] = theirs["tokenizer_mode"]
+    if known:
+        if theirs.get("pool_type") == "eos":  # where the tokenizer cannot be asked: RoBERTa pads with 1 and ends with 2
+            text.pad_id = 1 if theirs.get("eos_id", 2) == 2 else text.pad_id
+        return hub_tokenizer(known, options, text, name.removeprefix("local-dir:") if "local-dir:" in name else "")
+    if options not in ({}, {"clean": "lower"}):
+        raise ConfigError(f"{name}: mm's CLIP tokenizer has no {options}; give an hf_tokenizer_name, or leave them out")
+    return ClipTokenizer()
 
 
 def _first(error: Exception) -> str:

@@ -53,13 +53,12 @@ READERS: dict[str, Any] = {"open_clip": _open_clip, "timm": _timm, "hf": _huggin
 
 def _mm(name: str, weights: bool) -> Origin:
     """A folder that mm wrote."""
-    from mm.models.export import find_export, read_export
+    from mm.models.export import find_export, parts_of, read_export
 
     state, tokenizer, config, note = read_export(find_export(name))
     tensors = {key.removeprefix("model."): tensor for key, tensor in state.items()}
     objectives = config.objectives
     found = Origin(name, config.model, tokenizer, tensors, objectives.contrastive, objectives.diffusion, note, config)
-    there = {key.split(".")[1] for key in tensors if key.startswith("encoders.")}  # a released backbone has no text
-    found.parts = tuple(part for part in modality_names(config.model) if part in there)
+    found.parts = parts_of(state, modality_names(config.model))
     found.tensors = tensors if weights else {}
     return found

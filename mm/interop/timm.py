@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from mm.adapters.hub import reachable
@@ -79,9 +80,8 @@ def _weights(source: str, name: str, file: str, trunk: Any, options: dict[str, A
     expected = {key: tuple(tensor.shape) for key, tensor in trunk.state_dict().items()}
     if file:
         found = read_weights(file)
-        if hasattr(timm.models, "load_state_dict") and "pos_embed" in found and "pos_embed" in expected:
-            found = _resized(found, trunk)
         found = {key: tensor for key, tensor in found.items() if key in expected or not _classifier(key)}
+        found = _resized(found, trunk, expected)
     else:
         if not reachable():
             raise ConfigError(
@@ -95,16 +95,16 @@ def _weights(source: str, name: str, file: str, trunk: Any, options: dict[str, A
     return {SIDE + key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in found.items()}
 
 
-def _resized(found: dict[str, Tensor], trunk: Any) -> dict[str, Tensor]:
-    """Position embeddings of another picture size, stretched as timm stretches them."""
-    from timm.layers import resample_abs_pos_embed
-
-    position, wanted = found["pos_embed"], trunk.pos_embed
-    if position.shape[1] == wanted.shape[1]:
+def _resized(found: dict[str, Tensor], trunk: Any, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Position embeddings and tables of another picture size, stretched as timm stretches them for its own weights."""
+    same = all(tuple(tensor.shape) == expected.get(key, tuple(tensor.shape)) for key, tensor in found.items())
+    stretch = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
+    if same or stretch is None:
         return found
-    prefix = 0 if getattr(trunk, "no_embed_class", False) else getattr(trunk, "num_prefix_tokens", 1)
-    side = list(trunk.patch_embed.grid_size)
-    return {**found, "pos_embed": resample_abs_pos_embed(position, new_size=side, num_prefix_tokens=prefix)}
+    try:
+        return dict(stretch(dict(found), trunk))
+    except (RuntimeError, ValueError, KeyError, AssertionError):
+        return found  # not a matter of size: what differs is told from the file as it is
 
 
 def _classifier(key: str) -> bool:

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,8 @@ def load_export(folder: str | os.PathLike[str]) -> tuple[Model, dict[str, Tensor
     """
     state, tokenizer, config, note = read_export(folder)
     model = Model(config.model, tokenizer)
+    for name in set(model.adapters) - set(parts_of(state, model.adapters)):
+        del model.adapters[name], model.encoders[name]
     ours = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
     expected = model.state_dict()
     odd = sorted(set(expected) ^ set(ours)) or [
@@ -90,6 +93,16 @@ def load_export(folder: str | os.PathLike[str]) -> tuple[Model, dict[str, Tensor
     model.load_state_dict(ours)
     extras = {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
     return model.eval().requires_grad_(False), extras, config, note
+
+
+def parts_of(state: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the modalities that have a tensor in an export; a backbone of timm's comes without text.
+
+    All of them where none has one: what lacks everything is damaged, and said to be.
+    """
+    names = tuple(names)
+    there = {key.removeprefix("model.encoders.").split(".")[0] for key in state if key.startswith("model.encoders.")}
+    return tuple(name for name in names if name in there) or names
 
 
 def find_export(source: str | os.PathLike[str]) -> Path:
