@@ -14,6 +14,7 @@ def release(argv: Sequence[str]) -> int:
     parser.add_argument("source", metavar="SOURCE", help="run folder, released folder, open_clip:NAME/TAG or timm:NAME")
     parser.add_argument("out", metavar="OUT", help="the folder to write; an earlier release there is replaced")
     parser.add_argument("--format", choices=FORMATS, default="mm", help="who loads it (default: mm)")
+    parser.add_argument("--adapter", metavar="DIR", default="", help="LoRA matrices to merge: a run's export/adapter")
     parser.add_argument("--push", metavar="ORG/NAME", help="upload it to the Hugging Face hub, too")
     parser.add_argument("--private", action="store_true", help="where --push makes a repository, a private one")
     parser.add_argument(
@@ -35,7 +36,13 @@ def release(argv: Sequence[str]) -> int:
         print(line, flush=True)
 
     name = args.push or ""
-    options = {"format": args.format, "licence": args.licence, "files": args.results, "name": name}
+    options = {
+        "format": args.format,
+        "licence": args.licence,
+        "files": args.results,
+        "name": name,
+        "adapter": args.adapter,
+    }
     folder = run(args.source, args.out, **options, load=mm.load, say=say)
     if args.push:
         say(f"pushed: {push(folder, args.push, args.private)}")

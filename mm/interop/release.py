@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mm.adaptation.lora import compose
 from mm.config import ConfigError
 from mm.fields import suggestion
 from mm.interop import card, preprocessing, results
@@ -29,13 +31,15 @@ def release(
     licence: str = "",
     files: Sequence[str] = (),
     name: str = "",
-    load: Callable[[str], Any] | None = None,
+    adapter: str = "",
+    load: Callable[..., Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write the model that `source` names to the folder `out` in a `format` of FORMATS; returns the folder.
 
     `licence` as the hub names it (default: what the training shards ask for); `files` hold results beside those of the
-    run folder; `name` heads the card (default: that of `out`). `load`, `mm.load`, is needed by the format diffusers.
+    run folder; `name` heads the card (default: that of `out`); `adapter` is a folder with LoRA matrices, which are
+    merged. `load`, `mm.load`, is needed by the format diffusers.
     A release that lies in `out` is replaced as a whole. Raises ConfigError for a source that cannot be read, a model
     that the format has no place for, and an `out` that holds anything else.
     """
@@ -46,10 +50,16 @@ def release(
     evaluations = results.of_files(files)
     origin = read(source)
     check_tokenizer(source, origin.model, origin.tokenizer)
+    if adapter:
+        model = origin.build()
+        compose(model, adapter)
+        origin.tensors = {**model.state_dict(), **origin.extras()}
     train = origin.train
     folder = Path(source)
-    if train is not None and folder.is_dir():
-        evaluations = [*results.of_run(folder, train.run.seed), *evaluations]
+    stale: list[str] = []
+    if train is not None and folder.is_dir() and not adapter:  # with one, they are of another model
+        found, stale = results.of_run(folder, train.run.seed, str(origin.note.get("step", "")))
+        evaluations = [*found, *(one for one in evaluations if one not in found)]
     shards = card.manifests(train.data.train, folder) if train is not None else []
     licence = licence or card.licence_of(shards)
     card.check_licence(licence)
@@ -58,7 +68,7 @@ def release(
     try:
         fresh = stage / out.name
         fresh.mkdir()
-        told = _written(origin, format, fresh, out, load)
+        told = _written(origin, format, fresh, out, functools.partial(load, adapter=adapter or None) if load else None)
         text = card.card(origin, format, name or out.name, licence, evaluations, shards)
         if not (fresh / CARD).exists():
             (fresh / CARD).write_text(text, encoding="utf-8")
@@ -68,7 +78,7 @@ def release(
         shutil.rmtree(stage, ignore_errors=True)
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         say(f"{out.name}/{path.relative_to(out)}  {size(path.stat().st_size)}")
-    for line in told:
+    for line in [*stale, *told]:
         say(line)
     return out
 

@@ -39,17 +39,22 @@ def _full(name: str) -> str:
     return name.replace("… ", "drawing, " if "captions" in name else "zero-shot top-1, ")
 
 
-def of_run(folder: Path, seed: int | None) -> list[Found]:
-    """The evaluations in a run folder's JSON files of a run with this seed, each once."""
+def of_run(folder: Path, seed: int, step: str) -> tuple[list[Found], list[str]]:
+    """The evaluations in a run folder's JSON files of its model at that step, each once; and what was left out, said.
+
+    Those of other seeds, which the results of several runs hold too, are passed over.
+    """
     found: list[Found] = []
-    for path in sorted(folder.glob("*.json")):
-        if path.name not in BESIDE:
-            found += [one for one in read(path, strict=False) if seed is None or one.result.get("seed") in (seed, None)]
-    fresh: list[Found] = []
-    for one in found:
-        if one.result not in [other.result for other in fresh]:
-            fresh.append(one)
-    return fresh
+    stale = []
+    for path in sorted(path for path in folder.glob("*.json") if path.name not in BESIDE):
+        for one in read(path, strict=False):
+            if one.result.get("seed") not in (seed, None) or one.result in [other.result for other in found]:
+                continue
+            if step and one.result.get("step") is not None and str(one.result["step"]) != step:
+                stale.append(f"left out of the card: {path.name} is of step {one.result['step']}, the model of {step}")
+            else:
+                found.append(one)
+    return found, list(dict.fromkeys(stale))
 
 
 def of_files(files: Sequence[str]) -> list[Found]:

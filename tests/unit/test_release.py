@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from tiny_clips import randomised
 
 import mm
+from mm.adaptation import lora
 from mm.adapters import hub
 from mm.adapters.hub_tokenizer import HubTokenizer
 from mm.adapters.text import ClipTokenizer
 from mm.cli import main
 from mm.config import (
+    AdaptConfig,
     ConfigError,
     ContrastiveConfig,
     DenoiserConfig,
@@ -332,15 +334,24 @@ def test_the_card_says_what_its_files_say_and_no_folder_of_the_machine(tmp_path:
     assert front["license"] == "cc-by-sa-4.0" and front["datasets"] == ["openmoji"]
     assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.25
     assert text.count("zero-shot top-1, held-out names | 25.0 % ± 5.0 | 80") == 1  # once, and not of another seed
-    for said in ("`evaluation.json`, written 20", "3500 training samples", "OpenMoji", "steps | 40", "contrastive x 1"):
-        assert said in text
+    for words in (
+        "`evaluation.json`, written 20",
+        "3500 training samples",
+        "OpenMoji",
+        "steps | 40",
+        "contrastive x 1",
+    ):
+        assert words in text
     for path in out.iterdir():
         assert str(tmp_path) not in path.read_bytes().decode("utf-8", "ignore"), path.name
     assert json.loads((out / "preprocessor_config.json").read_text())["image_mean"] == [0.5, 0.5, 0.5]
     same_bits(read(out).tensors, read(tmp_path / "demo").tensors)
-    (tmp_path / "demo" / "evaluation.json").unlink()
-    (tmp_path / "demo" / "results.json").unlink()
-    assert "## Evaluation" not in (release(tmp_path / "demo", out) / "README.md").read_text(encoding="utf-8")
+    for path in (tmp_path / "demo").glob("*.json"):  # of an earlier step
+        path.write_text(path.read_text().replace('"step": 40', '"step": 30'))
+    said: list[str] = []
+    release(tmp_path / "demo", out, say=said.append)
+    assert "## Evaluation" not in (out / "README.md").read_text(encoding="utf-8")
+    assert any("evaluation.json is of step 30, the model of 40" in line for line in said)
 
 
 @pytest.mark.parametrize(
@@ -361,6 +372,24 @@ def test_a_denoiser_is_left_out_and_said(tmp_path: Path, theirs: Theirs) -> None
     (tmp_path / "back").mkdir()
     told = open_clip_out.write(origin, tmp_path / "back", tmp_path / "back")
     assert any("denoiser is left out" in line for line in told)
+
+
+def test_an_adapter_is_merged_into_what_is_released(tmp_path: Path, theirs: Theirs) -> None:
+    source, config = source_of(theirs("clip")), AdaptConfig(image="lora", lora_rank=2)
+    model = read(source).build()
+    lora.inject(model, {"image": lora.linears([model.encoders["image"]])}, config)
+    lora.save(tmp_path / "lora", randomised(model).state_dict(), config, {})
+    with pytest.raises(ConfigError, match="other weights"):  # the base is not the one that was just moved
+        release(source, tmp_path / "out", adapter=str(tmp_path / "lora"))
+    for name, parameter in model.named_parameters():
+        if not lora.is_factor(name):
+            parameter.data = read(source).tensors[name.replace(".base_layer", "")]
+    lora.save(tmp_path / "lora", model.state_dict(), config, {})
+    out = release(source, tmp_path / "out", adapter=str(tmp_path / "lora"))
+    merged = mm.load(source, adapter=tmp_path / "lora", device="cpu").inference.model.state_dict()
+    found = read(out).tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in merged.items())
+    assert any(not torch.equal(found[name], tensor) for name, tensor in read(source).tensors.items())
 
 
 def test_coca_is_not_written_back(tmp_path: Path) -> None:
