@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mm.config import ConfigError, TrainConfig
 from mm.interop.origin import Origin
+from mm.interop.provenance import short, short_source
 from mm.interop.results import Found
 
-LICENCES = {"CC BY-SA 4.0": "cc-by-sa-4.0"}  # as shards name it, as the hub does
 USES = {
     "mm": "import mm\nmodel = mm.load({here})",
     "open_clip": 'import open_clip\nmodel, _, preprocess = open_clip.create_model_and_transforms("{scheme}:{here}")\n'
@@ -31,31 +30,6 @@ def card(
     parts = [_front(origin, kind, name, licence, results, shards), f"# {name}", _what(origin), _use(origin, kind, name)]
     parts += [_shapes(origin), _data(origin, shards), _training(origin), _evaluation(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def manifests(train: str, run: Path) -> list[dict[str, Any]]:
-    """The shards.json beside each local part of `data.train`; none where it cannot be read.
-
-    A run folder that was moved is asked for shards of that name in it or beside it, as mm demo puts them.
-    """
-    found = []
-    for part in filter(None, train.split("::")):
-        folder = Path(part) if Path(part).is_dir() else Path(part).parent
-        for place in (folder, run / folder.name, run.parent / folder.name):
-            try:
-                content = json.loads((place / "shards.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                continue
-            if isinstance(content, dict) and content not in found:
-                found.append(content)
-            break
-    return found
-
-
-def licence_of(shards: Sequence[dict[str, Any]]) -> str:
-    """What the training shards ask for, as the hub names it; "unknown" where nothing does."""
-    asked = {LICENCES.get(str(one["license"]), "other") for one in shards if one.get("license")}
-    return asked.pop() if len(asked) == 1 else "other" if asked else "unknown"
 
 
 def _front(
@@ -209,7 +183,7 @@ def _training(origin: Origin) -> str:
     rows.append(("objectives", ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())))
     rows.append(("optimizer", f"{config.optim.name}, learning rate {config.optim.lr:g}, {config.optim.schedule}"))
     rows += [("seed", str(config.run.seed)), ("precision", config.parallel.precision)]
-    began = {part: _short_source(getattr(config.start, part)) for part in ("model", "image", "text", "denoiser")}
+    began = {part: short_source(getattr(config.start, part)) for part in ("model", "image", "text", "denoiser")}
     if any(began.values()):
         rows.append(("began from", ", ".join(f"{part}: {source}" for part, source in began.items() if source)))
     kept = {part: getattr(config.adapt, part) for part in ("image", "text", "denoiser")}
@@ -226,7 +200,7 @@ def _evaluation(results: Sequence[Found]) -> str:
     blocks = []
     for one in results:
         told = [f"From `{one.file}`, written {one.date}"]
-        told += [f"of {_short_source(str(one.result['run']))}"] if one.result.get("run") else []
+        told += [f"of {short_source(str(one.result['run']))}"] if one.result.get("run") else []
         told += [f"step {one.result['step']}"] if one.result.get("step") is not None else []
         told += [f"code {one.result['commit']}"] if one.result.get("commit") else []
         told += [f"on {', '.join(map(str, one.result['data']))}"] if one.result.get("data") else []
@@ -236,49 +210,6 @@ def _evaluation(results: Sequence[Found]) -> str:
         ]
         blocks.append(f"{', '.join(told)}:\n\n{_table(('what', 'value', 'n'), rows)}")
     return "## Evaluation\n\n" + "\n\n".join(blocks)
-
-
-def short(train: str) -> str:
-    """Shards without the folders of the machine that they lay on, or what a URL says beside its path."""
-
-    def one(part: str) -> str:
-        scheme, url, rest = part.partition("://")
-        if url:
-            return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
-        return "/".join(Path(part).parts[-2:]).replace("//", "/")
-
-    return "::".join(map(one, train.split("::")))
-
-
-def shareable(config: TrainConfig) -> TrainConfig:
-    """A copy of the config that names no folders of the machine that it ran on."""
-    from mm.settings import from_dict, to_dict
-
-    copy = from_dict(to_dict(config))
-    copy.data.train, copy.data.val = (short(value) if value else "" for value in (copy.data.train, copy.data.val))
-    copy.run.dir = Path(copy.run.dir).name or "run"
-    if copy.model.latents is not None and Path(copy.model.latents.source).is_absolute():
-        copy.model.latents.source = Path(copy.model.latents.source).name
-    for part in ("model", "image", "text", "denoiser"):
-        setattr(copy.start, part, _short_source(getattr(copy.start, part)))
-    return copy
-
-
-def _short_source(source: str) -> str:
-    """A source without folders of the machine."""
-    name, at, file = source.partition("@")
-    scheme, local, folder = name.partition("local-dir:")
-    if local:
-        name = f"{scheme}{local}{Path(folder).name}"
-    elif ":" not in name:
-        name = Path(name).name
-    return name + at + Path(file).name
-
-
-def check_licence(licence: str) -> None:
-    """Raises ConfigError unless it is one word, as the hub's names of licences are."""
-    if not licence or any(not (c.isalnum() or c in "-._") for c in licence):
-        raise ConfigError(f"--licence {licence!r}: must be one word, such as mit, apache-2.0 or cc-by-sa-4.0")
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from mm.adaptation.lora import compose
 from mm.config import ConfigError
 from mm.fields import suggestion
-from mm.interop import card, preprocessing, results
+from mm.interop import card, preprocessing, provenance, results
 from mm.interop.origin import OBJECTIVES, Origin, check_tokenizer
 from mm.interop.sources import read
 
@@ -60,9 +60,9 @@ def release(
     if train is not None and folder.is_dir() and not adapter:  # with one, they are of another model
         found, stale = results.of_run(folder, train.run.seed, str(origin.note.get("step", "")))
         evaluations = [*found, *(one for one in evaluations if one not in found)]
-    shards = card.manifests(train.data.train, folder) if train is not None else []
-    licence = licence or card.licence_of(shards)
-    card.check_licence(licence)
+    shards = provenance.manifests(train.data.train, folder) if train is not None else []
+    licence = licence or provenance.licence_of(shards)
+    provenance.check_licence(licence)
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -103,7 +103,7 @@ def _written(origin: Origin, format: str, fresh: Path, out: Path, load: Callable
         return [f'load it: diffusers.DiffusionPipeline.from_pretrained("{out}", trust_remote_code=True)']
     from mm.models.export import save_export
 
-    config = card.shareable(origin.config())
+    config = provenance.shareable(origin.config())
     whole = (name if name.startswith(OBJECTIVES) else f"model.{name}" for name in origin.tensors)
     state = dict(zip(whole, origin.tensors.values(), strict=True))
     save_export(fresh, state, config, origin.tokenizer.to_json(), origin.note)

@@ -30,7 +30,7 @@ from mm.types import Batch
 
 NAMES = (
     "ViT-S-32-alt ViT-S-16 ViT-M-32 ViT-M-16-alt ViT-B-32 ViT-B-32-quickgelu ViT-B-32-256 ViT-B-16 ViT-B-16-plus-240 "
-    "ViT-S-16-CLIPA ViT-B-16-CLIPA ViT-B-32-SigLIP2-256 ViT-B-16-SigLIP ViT-B-16-SigLIP-384 RN50 RN50-quickgelu RN101 "
+    "ViT-L-14 ViT-L-14-CLIPA ViT-B-32-SigLIP2-256 ViT-B-16-SigLIP ViT-B-16-SigLIP-384 RN50 RN50-quickgelu RN101 "
     "convnext_base convnext_tiny EVA02-B-16 MobileCLIP-S1 MobileCLIP2-S0 vit_medium_patch16_gap_256 "
     "vit_relpos_medium_patch16_cls_224 swin_base_patch4_window7_224"
 ).split()
