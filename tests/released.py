@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def mini_siglip() -> None:
 def _known(cfg: dict[str, Any]) -> Any:
     from timm.models._pretrained import DefaultCfg, PretrainedCfg
 
-    return DefaultCfg(tags=__import__("collections").deque([""]), cfgs={"": PretrainedCfg(**cfg)}, is_pretrained=False)
+    return DefaultCfg(tags=deque([""]), cfgs={"": PretrainedCfg(**cfg)}, is_pretrained=False)
 
 
 def models_in(base: Path) -> Theirs:

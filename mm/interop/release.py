@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.adaptation.lora import compose
+from mm.adapters.hub_tokenizer import HubTokenizer
 from mm.config import ConfigError
 from mm.fields import suggestion
 from mm.interop import card, preprocessing, provenance, results
@@ -46,6 +47,8 @@ def release(
     if format not in FORMATS:
         raise ConfigError(f"--format {format}: not a format{suggestion(format, FORMATS)}; one of {', '.join(FORMATS)}")
     out = Path(os.path.abspath(out))
+    if out == Path(os.path.abspath(source)):
+        raise ConfigError(f"{out}: is the source itself; give another folder")
     replaceable(out)
     evaluations = results.of_files(files)
     origin = read(source)
@@ -109,7 +112,10 @@ def _written(origin: Origin, format: str, fresh: Path, out: Path, load: Callable
     save_export(fresh, state, config, origin.tokenizer.to_json(), origin.note)
     seen = json.dumps(preprocessing.hugging_face(origin.model.image), indent=2) + "\n"
     (fresh / "preprocessor_config.json").write_text(seen, encoding="utf-8")
-    return [f'load it: mm.load("{out}")']
+    told = []
+    if isinstance(origin.tokenizer, HubTokenizer) and not origin.tokenizer.serialized:
+        told.append(f"the tokenizer {origin.tokenizer.name} is not in this model: it takes token ids, no text")
+    return [*told, f'load it: mm.load("{out}")']
 
 
 def replaceable(out: Path) -> None:

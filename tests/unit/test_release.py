@@ -170,6 +170,8 @@ def test_only_an_earlier_release_is_replaced_and_as_a_whole(
         release(source, out, format="transformers")
     assert sorted(path.name for path in out.iterdir()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    with pytest.raises(ConfigError, match="source itself"):
+        release(out, out, format="transformers")
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"notes\.txt"):
         release(source, out)
