@@ -97,10 +97,8 @@ def _use(origin: Origin, kind: str, name: str) -> str:
     hub = "/" in name
     here = name
     if kind == "mm":
-        here = f'huggingface_hub.snapshot_download("{name}")' if hub else f'"{name}"'
+        here = f'"hub:{name}"' if hub else f'"{name}"'
     code = USES[kind].replace("{here}", here).replace("{scheme}", "hf-hub" if hub else "local-dir")
-    if kind == "mm" and hub:
-        code = f"import huggingface_hub\n{code}"
     if kind == "mm" and "text" in origin.parts:
         if origin.contrastive is not None:
             code += '\nmodel.classifier(["cat", "dog"]).top(picture)  # picture: a PIL.Image'

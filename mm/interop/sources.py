@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from mm.config import ConfigError
@@ -10,7 +11,7 @@ from mm.fields import suggestion
 from mm.interop.origin import Origin
 from mm.rules_modalities import modality_names
 
-FORMS = "a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, timm:NAME, hf:NAME"
+FORMS = "a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, timm:NAME, hf:NAME, hub:ORG/NAME"
 
 
 def read(source: str | os.PathLike[str], weights: bool = True, size: int = 0) -> Origin:
@@ -19,7 +20,8 @@ def read(source: str | os.PathLike[str], weights: bool = True, size: int = 0) ->
     `size`: pixels a side that a timm backbone is built for, instead of its own.
 
     A run folder or a released folder of mm; `open_clip:` as in `mm.interop.open_clip.read`; `timm:` as in
-    `mm.interop.timm.read`; `hf:` as in `mm.interop.huggingface.read`. Raises ConfigError naming what is wrong with it.
+    `mm.interop.timm.read`; `hf:` as in `mm.interop.huggingface.read`; `hub:ORG/NAME`, a release that was pushed.
+    Raises ConfigError naming what is wrong with it.
     """
     name = os.fspath(source)
     scheme, colon, _ = name.partition(":")
@@ -48,7 +50,24 @@ def _hugging_face(name: str, weights: bool, _size: int) -> Origin:
     return run(name, weights)
 
 
-READERS: dict[str, Any] = {"open_clip": _open_clip, "timm": _timm, "hf": _hugging_face}
+def _hub(name: str, weights: bool, _size: int) -> Origin:
+    """`hub:ORG/NAME`: what `mm release --push` uploaded. Data only: none of the repository's code is fetched."""
+    from huggingface_hub import snapshot_download
+
+    from mm.adapters.hub import reachable
+
+    repository = name.removeprefix("hub:")
+    try:
+        folder = snapshot_download(
+            repository, allow_patterns=["*.json", "*.safetensors"], local_files_only=not reachable()
+        )
+    except Exception as error:  # whatever a client of the network raises
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise ConfigError(f"{name}: not on this machine, and could not be fetched from the hub ({first})") from error
+    return replace(_mm(folder, weights), source=name)
+
+
+READERS: dict[str, Any] = {"open_clip": _open_clip, "timm": _timm, "hf": _hugging_face, "hub": _hub}
 
 
 def _mm(name: str, weights: bool) -> Origin:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from released import Theirs, models_in, pictures, same_bits, source_of
-from tiny_clips import randomised
+from tiny_clips import randomised, tiny_clip
 
 import mm
 from mm.adaptation import lora
@@ -221,3 +221,27 @@ def test_commands_take_any_source(tmp_path: Path, theirs: Theirs, capsys: pytest
     pictures()[0].save(tmp_path / "cat.png")
     assert main(["classify", source, str(tmp_path / "cat.png"), "--labels", "cat,dog"]) == 0
     assert "cat" in capsys.readouterr().out
+
+
+def test_what_was_pushed_is_read_from_the_hub_as_data_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for the hub's client: no hub can be reached here."""
+    import huggingface_hub
+
+    clip = tiny_clip(tmp_path / "clip")[1]
+    release(clip, tmp_path / "released")
+    asked = {}
+
+    def download(repository: str, **options: object) -> str:
+        asked.update(options, repository=repository)
+        return str(tmp_path / "released")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    found = read("hub:somebody/model")
+    assert asked["repository"] == "somebody/model"
+    assert asked["allow_patterns"] == ["*.json", "*.safetensors"]
+    assert all(torch.equal(tensor, found.tensors[name]) for name, tensor in read(clip).tensors.items())
+    monkeypatch.undo()
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    with pytest.raises(ConfigError, match="hub:somebody/model: not on this machine"):
+        read("hub:somebody/model")
