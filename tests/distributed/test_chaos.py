@@ -70,7 +70,9 @@ def test_every_fault_is_survived_or_stopped_by_one_error(tmp_path: Path) -> None
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(
+    ("number", "processes"), [(signal.SIGINT, 2), pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow)]
+)
 def test_stopping_the_suite_leaves_no_process_behind(tmp_path: Path, number: int, processes: int) -> None:
     process = chaos(tmp_path / "out", "--faults", "nothing", "--processes", str(processes), **{WORD: str(tmp_path)})
     deadline = time.monotonic() + 60

@@ -86,6 +86,7 @@ def useful(folder: Path, out: Path) -> None:
         assert torch.equal(vector, again[name])
 
 
+@pytest.mark.slow
 def test_a_locked_image_tower_stays_and_the_rest_learns(clip: str, shards: str, tmp_path: Path) -> None:
     """LiT (arXiv 2111.07991), and diffusion beside it."""
     folder = tmp_path / "run"
@@ -97,6 +98,7 @@ def test_a_locked_image_tower_stays_and_the_rest_learns(clip: str, shards: str, 
     useful(folder, tmp_path)
 
 
+@pytest.mark.slow
 def test_both_objectives_go_on_from_an_imported_clip(clip: str, shards: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     lines = trained(folder, shards, StartConfig(model=clip), AdaptConfig())

@@ -126,6 +126,7 @@ def test_buckets_train_and_resume_exactly(data: Path, tmp_path: Path, kind: str)
     assert [line["loss"] for line in parts] == [line["loss"] for line in whole]
 
 
+@pytest.mark.slow
 def test_training_from_http_and_s3_equals_training_from_files(data: Path, tmp_path: Path) -> None:
     local = train(tmp_path / "local", f"{data}/a-*.tar")
     with http_server(data) as server:

@@ -103,6 +103,7 @@ class Breaks:
         raise RuntimeError("broken off")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run(work: Path, finished: Path) -> None:
     with pytest.raises(RuntimeError, match="broken off"):
         run(config(work, "resumed"), lambda _: [Breaks()])  # type: ignore[list-item]

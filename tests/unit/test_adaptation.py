@@ -311,6 +311,7 @@ def test_peft_itself_reads_the_adapter(finished: Path) -> None:
             torch.testing.assert_close(theirs[name], ours, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_lora_run_is_the_uninterrupted_one_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     again = tmp_path / "run"
     shutil.copytree(finished / "run", again)
