@@ -107,9 +107,7 @@ class TextConfig:
     heads: int = 3
     mlp_ratio: float = 4.0
     causal: bool = False
-    pool: Literal["mean", "last", "end"] = (
-        "mean"  # last: the end-of-text token, as CLIP; end: the last place, as SigLIP
-    )
+    pool: Literal["mean", "last", "end"] = "mean"  # last: the end-of-text token (CLIP); end: the last place (SigLIP)
     masked: bool = True  # attention does not see the padding; SigLIP's does
     pad_id: int = 0  # what stands there
     activation: Activation = "gelu_tanh"
