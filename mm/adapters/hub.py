@@ -1,10 +1,12 @@
-"""Whether a model hub can be asked: its clients retry for most of a minute where there is no network."""
+"""Model hubs' clients: whether one can be asked (they retry for most of a minute without a network), and kept quiet."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,7 +33,32 @@ def pretrained(factory: Any, name: str, **options: Any) -> Any:
 
     Raises OSError or ValueError where it is on neither.
     """
-    return asked(factory.from_pretrained, name, **options)
+    library = factory.__module__.partition(".")[0]
+
+    def ask(name: str, **options: Any) -> Any:
+        with quiet(library, bars="local_files_only" not in options):  # a download is worth a bar
+            return factory.from_pretrained(name, **options)
+
+    return asked(ask, name, **options)
+
+
+@contextmanager
+def quiet(library: str, bars: bool = False) -> Iterator[None]:
+    """`transformers` or `diffusers` without its reports and, but for `bars`, progress bars; then again as it was."""
+    if library not in ("transformers", "diffusers"):
+        yield
+        return
+    logging = importlib.import_module(f"{library}.utils.logging")
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def asked(function: Callable[..., Any], name: str, **options: Any) -> Any:

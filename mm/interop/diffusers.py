@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from mm.adapters.hub import quiet
 from mm.adapters.hub_tokenizer import HubTokenizer
 from mm.adapters.image import ImageAdapter
 from mm.adapters.latents import PixelSpace
@@ -181,7 +182,8 @@ def _compare(loaded: LoadedModel, folder: Path) -> None:
     told: dict[str, Any] = {"seeds": [7, 8]}
     pictures = [None, picture if sees(loaded.inference.model) else None]
     prompts, steps = ["a red heart, and 2 cats", None], 2
-    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    with quiet("diffusers"):
+        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(loaded.device)
     theirs = pipe(prompts, num_inference_steps=steps, image=pictures, **told).images

@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_refused_by_name(clip: str, tmp_path: Path) -> None
         validate(lonely)
 
 
-def test_a_hugging_face_text_encoder_comes_from_a_folder(tmp_path: Path) -> None:
+def test_a_hugging_face_text_encoder_comes_from_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -181,7 +181,9 @@ def test_a_hugging_face_text_encoder_comes_from_a_folder(tmp_path: Path) -> None
     real = batch["attention_mask"][..., None].float()
     wanted = torch.nn.functional.normalize((hidden * real).sum(1) / real.sum(1), dim=-1)
     source = f"hf:{tmp_path / 'bert'}"
+    capfd.readouterr()
     assert torch.allclose(mm.load(source).encode(text=["red heart", "blue"])["text"], wanted, atol=1e-6)
     step = begun(config(tmp_path, text=source))
     assert same(step, read(source), "encoders.text")
     assert step.model.encoders["text"].text.proj.weight.shape == (128, 48)  # into the run's own space
+    assert capfd.readouterr() == ("", "")  # transformers' bars and reports are not ours
