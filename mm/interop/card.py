@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mm.interop.results import Found
 USES = {
     "mm": "import mm\nmodel = mm.load({here})",
     "open_clip": 'import open_clip\nmodel, _, preprocess = open_clip.create_model_and_transforms("{scheme}:{here}")\n'
+    "model.eval()\n"
     'tokenizer = open_clip.get_tokenizer("{scheme}:{here}")',
     "transformers": "from transformers import AutoModel, AutoProcessor\n"
     'model = AutoModel.from_pretrained("{here}")\nprocessor = AutoProcessor.from_pretrained("{here}")',
@@ -27,6 +29,9 @@ def card(
     origin: Origin, kind: str, name: str, licence: str, results: Sequence[Found], shards: Sequence[dict[str, Any]]
 ) -> str:
     """The text. `shards`: the manifests of the training shards that could be read; `results`: evaluations."""
+    if kind in ("open_clip", "transformers"):  # which have no place for a denoiser: it is left out
+        tensors = {name: tensor for name, tensor in origin.tensors.items() if not name.startswith("denoiser.")}
+        origin = replace(origin, model=replace(origin.model, denoiser=None), tensors=tensors)
     parts = [_front(origin, kind, name, licence, results, shards), f"# {name}", _what(origin), _use(origin, kind, name)]
     parts += [_shapes(origin), _data(origin, shards), _training(origin), _evaluation(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
