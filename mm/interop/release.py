@@ -143,6 +143,7 @@ def _mark(fresh: Path, format: str) -> None:
     content = {"format": format, "versions": versions(), "commit": commit(), "files": files}
     (fresh / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name in [*files, MARK]:  # whole on the disk before it counts
+        os.chmod(fresh / name, (fresh / MARK).stat().st_mode)  # safetensors writes for its owner only
         with open(fresh / name, "rb") as file:
             os.fsync(file.fileno())
 

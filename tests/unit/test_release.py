@@ -25,7 +25,7 @@ from mm.config import (
     TextConfig,
     TrainConfig,
 )
-from mm.interop import open_clip_out, transformers_out
+from mm.interop import card, open_clip_out, transformers_out
 from mm.interop.release import release
 from mm.interop.sources import read
 from mm.models.export import save_export
@@ -81,6 +81,7 @@ def test_the_card_says_what_its_files_say_and_no_folder_of_the_machine(tmp_path:
         "contrastive x 1",
     ):
         assert words in text
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # who reads one file reads them all
     for path in out.iterdir():
         assert str(tmp_path) not in path.read_bytes().decode("utf-8", "ignore"), path.name
     assert json.loads((out / "preprocessor_config.json").read_text())["image_mean"] == [0.5, 0.5, 0.5]
@@ -111,6 +112,10 @@ def test_a_denoiser_is_left_out_and_said(tmp_path: Path, theirs: Theirs) -> None
     (tmp_path / "back").mkdir()
     told = open_clip_out.write(origin, tmp_path / "back", tmp_path / "back")
     assert any("denoiser is left out" in line for line in told)
+    text = card.card(origin, "open_clip", "back", "mit", [], [])
+    assert "denoiser" not in text and "draws" not in text and "- diffusion" not in text
+    assert "draws pictures" in card.card(origin, "mm", "back", "mit", [], [])
+    assert "model.eval()" in text  # open_clip hands models over in training mode: batch norms would move
 
 
 def test_an_adapter_is_merged_into_what_is_released(tmp_path: Path, theirs: Theirs) -> None:
