@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 
 CONVERT = (
     'to convert it where you trust it: python -c "import sys, torch; from safetensors.torch import save_file; '
-    "s = torch.load(sys.argv[1], weights_only=False); s = s.get('state_dict', s); "
-    'save_file({k: v.contiguous() for k, v in s.items()}, sys.argv[2])" IN.pt OUT.safetensors'
+    "s = torch.load(sys.argv[1], map_location='cpu', weights_only=False); "
+    "s = s.state_dict() if hasattr(s, 'state_dict') else s.get('state_dict', s); "
+    'save_file({k: v.clone() for k, v in s.items() if torch.is_tensor(v)}, sys.argv[2])" IN.pt OUT.safetensors'
 )
 
 
@@ -36,7 +38,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     import torch
 
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about TorchScript, which is refused below
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError) as error:
         if "TorchScript" in str(error) or "torch.jit" in str(error):
             what = "a TorchScript archive, which is a program"
