@@ -35,6 +35,8 @@ def read(source: str, weights: bool = True) -> Origin:
     tag that open_clip does not know (with the nearest), weights of another architecture, or a file that may run code.
     """
     where, _, file = source.removeprefix(PREFIX).partition("@")
+    if where.startswith("local-dir:") and Path(source.removeprefix(PREFIX + "local-dir:")).is_dir():
+        where, file = source.removeprefix(PREFIX), ""  # an @ in the folder's name
     name, tag = (where, "") if where.startswith(("hf-hub:", "local-dir:")) else _split(where)
     cfg, preprocess, found = _described(source, name, tag, weights and not file)
     model = model_config(name, cfg, preprocess)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import mm
 from mm.config import ConfigError
+from mm.interop.files import CONVERT, read_weights
 
 
 def refusal(source: str) -> str:
@@ -84,6 +86,22 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> 
     assert not ran.exists()
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
     assert "TorchScript" in refusal(with_file(tmp_path / "script.pt"))
+
+
+def test_the_line_that_converts_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, line = torch.nn.Linear(2, 2), CONVERT.split('"')[1]
+    torch.save(model, tmp_path / "module.pt")
+    torch.save({"state_dict": dict(model.state_dict()), "more": Code(tmp_path / "ran.txt")}, tmp_path / "code.pt")
+    torch.jit.save(torch.jit.script(model), tmp_path / "script.pt")
+    for name in ("module.pt", "code.pt", "script.pt"):
+        monkeypatch.setattr(sys, "argv", ["-c", str(tmp_path / name), str(tmp_path / "out.safetensors")])
+        exec(line, {})
+        assert torch.equal(read_weights(tmp_path / "out.safetensors")["weight"], model.weight)
+
+
+def test_a_folder_with_an_at_sign_in_its_name_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a@b c é").symlink_to(made("clip").folder, target_is_directory=True)
+    assert mm.load(f"open_clip:local-dir:{tmp_path / 'a@b c é'}").config.model == made("clip").loaded.config.model
 
 
 def test_a_checkpoint_of_plain_tensors_is_read(tmp_path: Path) -> None:
