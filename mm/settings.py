@@ -96,7 +96,11 @@ def override(config: TrainConfig, argv: Sequence[str]) -> TrainConfig:
     whole = _parse(config, [word for args in arguments.values() for word in args])
     if whole is None:
         name = next((name for name, args in arguments.items() if _parse(config, args) is None), "")
-        raise ConfigError(f"--{name}: must be {describe(known[name])}, not {' '.join(given[name]) or 'nothing'}")
+        words = given[name]
+        shown = " ".join(words) or "nothing"
+        if known[name] is str and len(words) > 1:  # as many as a data set has shards
+            shown = f"{len(words)} words ({words[0]} ...); put quotes around it, or the shell expands a pattern"
+        raise ConfigError(f"--{name}: must be {describe(known[name])}, not {shown}")
     return whole
 
 

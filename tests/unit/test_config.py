@@ -126,6 +126,10 @@ def test_sections_are_switched_on_and_off(base: TrainConfig) -> None:
         (["--parallel.no-compil"], "did you mean"),
         (["--data.batch_size", "many"], "--data.batch_size: must be an int, not many"),
         (["--data.batch_size"], "must be an int, not nothing"),
+        (
+            ["--data.train", "a-0.tar", "a-1.tar"],
+            "must be a string, not 2 words (a-0.tar ...); put quotes",
+        ),
         (["--data.batch_size", "8", "9"], "must be an int, not 8 9"),
         (["--run.seed", "1", "--optim.betas", "1"], "--optim.betas: must be 2 floats, not 1"),
         (["--parallel.device", "gpu"], "one of auto, cpu, cuda, not gpu"),
