@@ -158,11 +158,11 @@ def evaluate(argv: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", help=RUN)
     parser.add_argument("--data", metavar="SHARDS", required=True, help="a folder, a pattern, or several joined by ::")
     parser.add_argument("--labels-from", metavar="SHARDS", help="shards of the whole label set (default: all splits)")
-    parser.add_argument("--tasks", default="zero_shot,generation", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--tasks", help="comma-separated (default: zero_shot,generation, or what the model can)")
     parser.add_argument("--out", metavar="FILE", help="write the results there too, as JSON")
     args = parser.read(argv)
-    tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
-    if not tasks:
+    tasks = None if args.tasks is None else [task.strip() for task in args.tasks.split(",") if task.strip()]
+    if tasks == []:
         raise UsageError(f'--tasks "{args.tasks}": names no task; try zero_shot,generation')
     from mm.evaluation.run import evaluate as run
     from mm.evaluation.run import summary

@@ -170,8 +170,8 @@ class ModelConfig:
 class StartConfig:
     """Where weights come from before the first step; the shape of each part named here is its source's.
 
-    A source: a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, timm:NAME (vision), hf:NAME
-    (text).
+    A source: a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, open_clip:local-dir:DIR,
+    timm:NAME or timm:NAME@FILE (vision), hf:NAME or a folder (text), hub:ORG/NAME.
     """
 
     model: str = ""  # both encoders, logit scale and bias, and the denoiser where the source has one

@@ -54,7 +54,7 @@ def evaluate(
     run: str | os.PathLike[str],
     *,
     data: str,
-    tasks: Sequence[str] = ("zero_shot", "generation"),
+    tasks: Sequence[str] | None = ("zero_shot", "generation"),
     candidates: str | None = None,
     out: str | os.PathLike[str] | None = None,
     limit: int = 200,
@@ -68,18 +68,21 @@ def evaluate(
     """Measures the model of a run folder on the held-out shards `data`; returns the result, and writes it to `out`.
 
     `candidates`: shards whose captions and pictures are the whole label set and reference set, by default all splits
-    beside `data`. `tasks`: any of zero_shot, retrieval, generation. Generation draws the held-out captions and, where
-    there are train shards, `limit` of theirs, drawing i with seed `seed` + i. Deterministic. `precision` is that of
-    the model's matrix products. `load` reads the model where `run` is no folder of mm's. Raises ConfigError for a run,
-    shards or a task that cannot be used.
+    beside `data`. `tasks`: any of zero_shot, retrieval, generation; None is zero_shot and generation where the model
+    can. Generation draws the held-out captions and, where there are train shards, `limit` of theirs, drawing i with
+    seed `seed` + i. Deterministic. `precision` is that of the model's matrix products. `load` reads the model where
+    `run` is no folder of mm's. Raises ConfigError for a run, shards or a task that cannot be used.
     """
-    for task in tasks:
+    for task in tasks or ():
         if task not in TASKS:
             raise ConfigError(f"tasks: no task {task!r}{suggestion(task, TASKS)}; there are {', '.join(TASKS)}")
-    if not tasks or limit < 1:
+    if tasks is not None and (not tasks or limit < 1):
         raise ConfigError(f"tasks = {list(tasks)}, limit = {limit}: nothing to measure; give a task and a limit of 1")
     folder = Path(run)
     model, extras, config, note = load_export(find_export(run)) if load is None else load(os.fspath(run))
+    if tasks is None:
+        able = {"zero_shot": config.objectives.contrastive, "generation": config.objectives.diffusion}
+        tasks = [task for task, objective in able.items() if objective is not None]
     for task in tasks:
         needs = "diffusion" if task == "generation" else "contrastive"
         if getattr(config.objectives, needs) is None:

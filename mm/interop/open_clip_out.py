@@ -42,6 +42,9 @@ def write(origin: Origin, folder: Path, out: Path) -> list[str]:
             hub_tokenizer(origin, folder)
         else:
             told.append(f"the tokenizer {origin.tokenizer.name} is not in this model: only its name is written")
+    place = cfg["text_cfg"].get("hf_model_name")
+    if place and Path(place).is_dir():
+        told.append(f"open_clip builds this text encoder from the folder {place}: it loads only where that is")
     if origin.model.denoiser is not None:
         told.append("the denoiser is left out: open_clip has none")
     if origin.model.modalities:

@@ -119,6 +119,8 @@ def find_export(source: str | os.PathLike[str]) -> Path:
         raise ConfigError(
             f"{source}: has no {EXPORT}/ yet; let its training finish (the same mm train command resumes)"
         )
+    if (folder / "open_clip_config.json").is_file():
+        raise ConfigError(f"{source}: is a folder of open_clip's; write open_clip:local-dir:{source}")
     inside = sorted(path.parent.parent.name for path in folder.glob(f"*/{EXPORT}/{WEIGHTS}"))
     hint = f"; it holds the runs {', '.join(inside)}" if inside else "; a run folder holds config.json and export/"
     raise ConfigError(f"{source}: not a run folder{hint}")

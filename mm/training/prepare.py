@@ -72,6 +72,7 @@ def prepare(config: TrainConfig, callbacks: Sequence[Callback], world: World, st
         f"{gflop:,.{0 if gflop >= 10 else 2}f} GFLOP a step; this machine: {trainer.peak / 1e9:.0f} GFLOP/s "
         f"in {config.parallel.precision} matrix products on {device.type}",
         *filled,
+        *_doubts(config),
         *parallel.said,
     ]
     for line in lines if world.main else []:
@@ -79,6 +80,16 @@ def prepare(config: TrainConfig, callbacks: Sequence[Callback], world: World, st
     if parallel.wrapper is not None:
         warm_up(trainer)
     return trainer
+
+
+def _doubts(config: TrainConfig) -> list[str]:
+    """What is allowed and hardly ever meant."""
+    start = config.start
+    return [
+        f"adapt.{part} = {mode}: what does not train there is random, as neither start.{part} nor start.model is set"
+        for part in ("image", "text", "denoiser")
+        if (mode := getattr(config.adapt, part)) != "all" and not (getattr(start, part) or start.model)
+    ]
 
 
 def _loader(config: TrainConfig, step_module: TrainStep, world: World, device: torch.device) -> Loader:

@@ -322,5 +322,5 @@ def test_evaluate_hands_on_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     show = sys.stderr.isatty()
     assert run.calls == [
         (("r",), {"data": "d", "tasks": tasks, "candidates": None, "out": "o.json", "progress": show}),
-        (("r",), {"data": "d", "tasks": tasks, "candidates": "l", "out": None, "progress": show}),
+        (("r",), {"data": "d", "tasks": None, "candidates": "l", "out": None, "progress": show}),
     ]
