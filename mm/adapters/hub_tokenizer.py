@@ -57,8 +57,8 @@ class HubTokenizer:
                 "canonicalize",
             ):
                 raise ConfigError(
-                    f"tokenizer.json: vocab_size = {found['vocab_size']!r}, clean = {found['clean']!r}: must be a number, "
-                    "and whitespace, lower or canonicalize; release the model again"
+                    f"tokenizer.json: vocab_size = {found['vocab_size']!r}, clean = {found['clean']!r}: must be a "
+                    "number, and whitespace, lower or canonicalize; release the model again"
                 )
             return cls(found["name"], found["vocab_size"], found["tokenizer"], found["clean"], found["blank"])
         except (KeyError, TypeError, json.JSONDecodeError) as error:

@@ -74,7 +74,10 @@ class ClipTokenizer:
         self._clip = clip_table()
 
     def encode(self, text: str) -> list[int]:
-        return [self._clip.sot_token_id, *self._clip.encode(text), self._clip.eot_token_id]
+        ids, end = self._clip.encode(text), self._clip.eot_token_id
+        if end in ids:  # a text may spell it; CLIP pools at the first, and what follows is not seen
+            ids = ids[: ids.index(end)]
+        return [self._clip.sot_token_id, *ids, end]
 
     def decode(self, ids: Sequence[int]) -> str:
         special = (self._clip.sot_token_id, self._clip.eot_token_id)

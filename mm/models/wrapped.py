@@ -48,7 +48,7 @@ class TimmEncoder(Wrapped):
             raise ConfigError(f"model.image.tower.options: {read[0]}: a tower is built without files; leave it out")
         _known("model.image.tower.name", tower.name)
         self.trunk: Any = _built("model.image.tower", tower, lambda: timm.create_model(tower.name, **options))
-        self.width = int(self.trunk.num_features)  # type: ignore[arg-type]
+        self.width = int(self.trunk.num_features)
         width = int(getattr(self.trunk, "head_hidden_size", 0) or self.width)
         self.proj = nn.Identity() if proj == "none" else nn.Linear(width, embed_dim, bias=proj == "affine")
         if isinstance(self.proj, nn.Linear):
@@ -164,7 +164,7 @@ def pixels(tokens: Tokens) -> Tensor:
     return tokens.x.transpose(1, 2).unflatten(2, (side, side))
 
 
-def _built(where: str, tower: TowerConfig, build: Callable[[], nn.Module]) -> nn.Module:
+def _built(where: str, tower: TowerConfig, build: Callable[[], nn.Module]) -> Any:
     """What `build` returns, without dropout. Raises ConfigError for whatever another library finds wrong."""
     try:
         module = build()
