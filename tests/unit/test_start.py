@@ -217,3 +217,12 @@ def test_a_config_that_is_far_larger_than_its_weights_is_refused_before_it_is_bu
         with pytest.raises(ConfigError, match="many more than its weights|no model that can be built") as caught:
             mm.load(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+def test_the_loss_of_a_source_is_taken_with_its_bias(tmp_path: Path) -> None:
+    settings = config(tmp_path, model=tiny_clip(tmp_path / "clip", init_logit_bias=-7.0)[1])
+    step = begun(settings)
+    assert settings.objectives.contrastive is not None
+    assert settings.objectives.contrastive.kind == "sigmoid"
+    bias = step.state_dict()["objectives.contrastive.logit_bias"]
+    assert torch.equal(bias, read(settings.start.model).tensors["objectives.contrastive.logit_bias"])

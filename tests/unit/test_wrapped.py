@@ -139,7 +139,7 @@ def test_damaged_files_are_refused_whatever_is_raised_of_them(tmp_path: Path) ->
 
 
 def test_where_a_first_token_stands_for_all_the_mask_loses_its_place() -> None:
-    first = POOLED | {"hf_pooler_type": "cls_last_hidden_state_pooler"}
+    first = POOLED | {"hf_pooler_type": "cls_pooler"}
     mask = torch.arange(8)[None] < torch.tensor([[3], [8]])
     tokens = words(text_cfg=first, hf_config=BERT).eval()(Tokens(torch.ones(2, 8, 1, dtype=torch.long), mask)).tokens
     assert tokens.x.shape[:2] == (2, 7)
