@@ -220,7 +220,7 @@ def read(path: str | os.PathLike[str]) -> TrainConfig:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; a run folder holds config.json") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error}); restore it from a copy of the run folder") from error
     version = data.pop("version", None) if isinstance(data, dict) else None
     if version != VERSION:

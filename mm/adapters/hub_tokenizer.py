@@ -51,6 +51,15 @@ class HubTokenizer:
         """The inverse of `to_json`. Raises ConfigError where something is missing."""
         try:
             found = json.loads(text)["hub"]
+            if not isinstance(found["vocab_size"], int) or found["clean"] not in (
+                "whitespace",
+                "lower",
+                "canonicalize",
+            ):
+                raise ConfigError(
+                    f"tokenizer.json: vocab_size = {found['vocab_size']!r}, clean = {found['clean']!r}: must be a "
+                    "number, and whitespace, lower or canonicalize; release the model again"
+                )
             return cls(found["name"], found["vocab_size"], found["tokenizer"], found["clean"], found["blank"])
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ConfigError(f"tokenizer.json: damaged ({error}); release the model again") from error

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mm.adapters.base import Adapter, Processor, length_mask
 from mm.adapters.hub_tokenizer import HubTokenizer
+from mm.config import ConfigError
 from mm.types import Batch, Tokens
 
 if TYPE_CHECKING:
@@ -73,7 +74,10 @@ class ClipTokenizer:
         self._clip = clip_table()
 
     def encode(self, text: str) -> list[int]:
-        return [self._clip.sot_token_id, *self._clip.encode(text), self._clip.eot_token_id]
+        ids, end = self._clip.encode(text), self._clip.eot_token_id
+        if end in ids:  # a text may spell it; CLIP pools at the first, and what follows is not seen
+            ids = ids[: ids.index(end)]
+        return [self._clip.sot_token_id, *ids, end]
 
     def decode(self, ids: Sequence[int]) -> str:
         special = (self._clip.sot_token_id, self._clip.eot_token_id)
@@ -105,12 +109,17 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> CorpusTokenizer
 
 
 def tokenizer_from_json(serialized: str) -> Tokenizer:
-    """The tokenizer that `to_json` described."""
+    """The tokenizer that `to_json` described. Raises ConfigError where that is damaged."""
     if serialized.startswith('{"clip"'):
         return ClipTokenizer()
-    if serialized.startswith('{"hub"'):
-        return HubTokenizer.from_json(serialized)
-    return CorpusTokenizer(serialized)
+    try:
+        return HubTokenizer.from_json(serialized) if serialized.startswith('{"hub"') else CorpusTokenizer(serialized)
+    except ConfigError:
+        raise
+    except Exception as error:  # `tokenizers` raises nothing narrower
+        raise ConfigError(
+            f"tokenizer.json: damaged ({' '.join(str(error).split())[:160]}); release it again"
+        ) from error
 
 
 class TextProcessor(Processor):

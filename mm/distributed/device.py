@@ -39,6 +39,9 @@ def autocast(config: ParallelConfig, device: torch.device) -> contextlib.Abstrac
     return torch.autocast(device.type, torch.bfloat16)
 
 
+_GRAPHS = 256  # of one block's code: towers, shapes, with and without gradients
+
+
 def compile_blocks(module: nn.Module, device: torch.device) -> str:
     """Compile every block of every stack (`blocks`), each kind once, and say what was done.
 
@@ -53,6 +56,8 @@ def compile_blocks(module: nn.Module, device: torch.device) -> str:
         torch._inductor.config.cpp.vec_isa_ok = True
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that there is no CUDA
         torch._inductor.config.cpp.cxx = (None, found)
+    # blocks share their code: past the limit later ones would run eager, and in a resumed process perhaps other ones
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     count = 0
     for owner in module.modules():
         for block in getattr(owner, "blocks", []):

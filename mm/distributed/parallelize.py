@@ -86,7 +86,7 @@ def parallelize(step: TrainStep, config: ParallelConfig, world: World, device: t
     for name, module in step.named_modules():
         if isinstance(module, Objective):
             module.group = dist.group.WORLD
-        elif isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
+        elif _moves(module):
             raise ConfigError(
                 f"{name.removeprefix('model.')}: a batch norm that trains: each of {world.size} processes would have "
                 "statistics of its own; lock that tower (adapt.image = locked), or train in one process"
@@ -126,13 +126,21 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     return [block for owner in module.modules() for block in getattr(owner, "blocks", [])]
 
 
+def _moves(module: nn.Module) -> bool:
+    """Whether a forward changes it: a batch norm in training."""
+    return isinstance(module, _BatchNorm) and module.training and module.track_running_stats
+
+
 def recompute(module: nn.Module, how: str) -> int:
-    """Keep only each block's input for the backward; `selective`: matrix products and attention too."""
+    """Keep only each block's input for the backward; `selective`: matrix products and attention too.
+
+    Not of blocks with a batch norm that trains: its statistics would move a second time.
+    """
     keep = functools.partial(create_selective_checkpoint_contexts, _policy) if how == "selective" else None
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no block draws random numbers
     if keep is not None:
         options["context_fn"] = keep
-    found = blocks(module)
+    found = [block for block in blocks(module) if not any(_moves(part) for part in block.modules())]
     for block in found:
         block.forward = _checkpointed(block.forward, options)
     return len(found)

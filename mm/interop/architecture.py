@@ -173,7 +173,7 @@ def hugging_face(name: str) -> tuple[dict[str, Any], int]:
             f'{name}: a Hugging Face text encoder needs transformers; pip install "mm[interop]"'
         ) from error
     try:
-        config = pretrained(AutoConfig, name)
+        config = pretrained(AutoConfig, name, trust_remote_code=False)  # else it asks whether to run code
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name}: its config is not on this machine and could not be fetched from the hub") from error
     described = config.to_dict()

@@ -57,7 +57,7 @@ def _weights(source: str, name: str, both: bool) -> dict[str, Tensor]:
     """The encoder's tensors by mm's names; of an encoder and decoder the first."""
     from transformers import AutoModel
 
-    options: dict[str, Any] = {} if both else {"add_pooling_layer": False}
+    options: dict[str, Any] = {"trust_remote_code": False} | ({} if both else {"add_pooling_layer": False})
     try:
         model = pretrained(AutoModel, name, use_safetensors=True, **options)
     except (OSError, ValueError) as error:

@@ -40,10 +40,11 @@ class Origin:
 
     def build(self) -> Model:
         """The model with these weights, in evaluation mode. Raises ConfigError where they do not fit."""
+        from mm.models.bounded import build
         from mm.models.model import Model
 
         check_tokenizer(self.source, self.model, self.tokenizer)
-        model = Model(self.model, self.tokenizer)
+        model = build(lambda: Model(self.model, self.tokenizer), self.tensors.values(), self.source)
         for name in set(model.adapters) - set(self.parts):
             del model.adapters[name], model.encoders[name]
         fill(model, {n: t for n, t in self.tensors.items() if not n.startswith(OBJECTIVES)}, self.source)

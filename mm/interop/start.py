@@ -133,7 +133,8 @@ def _resolved(config: TrainConfig, weights: bool) -> Start:
     theirs, mine = found.known[start.model].contrastive if start.model else None, config.objectives.contrastive
     if theirs is not None and mine is not None:
         mine.kind, mine.init_scale, mine.init_bias = theirs.kind, theirs.init_scale, theirs.init_bias
-        mine.max_scale = max(mine.max_scale, theirs.init_scale)
+        trained = found.known[start.model].tensors.get(f"{OBJECTIVES}contrastive.logit_scale")
+        mine.max_scale = max(mine.max_scale, theirs.init_scale, 0.0 if trained is None else float(trained.exp()))
     return found
 
 

@@ -30,7 +30,7 @@ def hub_tokenizer(known: str, options: dict[str, Any], text: TextConfig, beside:
     try:
         from transformers import AutoTokenizer
 
-        fast = pretrained(AutoTokenizer, beside if own else known)
+        fast = pretrained(AutoTokenizer, beside if own else known, trust_remote_code=False)
     except (ImportError, OSError, ValueError):  # text is refused later, by name; token ids work
         text.pad_id = 1 if "SigLIP" in known and "SigLIP2" not in known else text.pad_id
         return HubTokenizer(known, size, clean=clean)

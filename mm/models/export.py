@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm.adapters.text import tokenizer_from_json
 from mm.config import ConfigError, TrainConfig
+from mm.models.bounded import build
 from mm.models.model import Model
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def load_export(folder: str | os.PathLike[str]) -> tuple[Model, dict[str, Tensor
     Raises ConfigError as `read_export`, and where the weights are not those of the config.
     """
     state, tokenizer, config, note = read_export(folder)
-    model = Model(config.model, tokenizer)
+    model = build(lambda: Model(config.model, tokenizer), state.values(), str(folder))
     for name in set(model.adapters) - set(parts_of(state, model.adapters)):
         del model.adapters[name], model.encoders[name]
     ours = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}

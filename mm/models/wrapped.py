@@ -3,12 +3,16 @@
 Each takes the raw input as tokens (pixels of width 3, ids of width 1) and gives tokens and a unit-norm vector, so that
 objectives, classification, drawing and saving cannot tell it from mm's own. Dropout of every kind is off: it draws from
 torch's own generator, and a run that is resumed could not repeat it.
+
+What describes a tower may come with a model from anywhere. It names architectures only: nothing that it says fetches or
+opens a file, or runs code that is not installed.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.config import ConfigError
+from mm.fields import suggestion
 from mm.types import Encoded, Tokens
+
+FILES = frozenset({"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"})
+CODE = ("auto_map", "_implementation", "quantization_config", "custom_pipelines")  # parts of keys
 
 if TYPE_CHECKING:
     from mm.config import ImageConfig, TextConfig, TowerConfig
@@ -35,14 +43,12 @@ class TimmEncoder(Wrapped):
         super().__init__()
         import timm
 
-        options = _options(tower)
-        try:
-            self.trunk: Any = timm.create_model(tower.name, pretrained=False, **{"num_classes": 0, **options})
-        except (RuntimeError, TypeError) as error:
-            raise ConfigError(
-                f"model.image.tower: timm builds no {tower.name} with {tower.options}: {error}"
-            ) from error
-        self.width = int(self.trunk.num_features)  # type: ignore[arg-type]
+        options = {"num_classes": 0, **_options(tower)}
+        if read := sorted(FILES & set(options)):
+            raise ConfigError(f"model.image.tower.options: {read[0]}: a tower is built without files; leave it out")
+        _known("model.image.tower.name", tower.name)
+        self.trunk: Any = _built("model.image.tower", tower, lambda: timm.create_model(tower.name, **options))
+        self.width = int(self.trunk.num_features)
         width = int(getattr(self.trunk, "head_hidden_size", 0) or self.width)
         self.proj = nn.Identity() if proj == "none" else nn.Linear(width, embed_dim, bias=proj == "affine")
         if isinstance(self.proj, nn.Linear):
@@ -62,9 +68,13 @@ class OpenClipImage(Wrapped):
         from open_clip.model import _build_vision_tower
 
         options = _options(tower)
-        vision = {**options["vision_cfg"], "timm_model_pretrained": False, "output_tokens": False, "patch_dropout": 0.0}
+        vision = _part(options, "vision_cfg", "model.image.tower")
+        if vision.get("timm_model_name"):
+            _known("model.image.tower: timm_model_name", vision["timm_model_name"])
+        vision |= {"timm_model_pretrained": False, "output_tokens": False, "patch_dropout": 0.0}
         vision |= {"timm_drop": 0.0, "timm_drop_path": None}
-        self.visual: Any = _build_vision_tower(embed_dim, vision, options.get("quick_gelu", False))
+        quick = options.get("quick_gelu", False)
+        self.visual: Any = _built("model.image.tower", tower, lambda: _build_vision_tower(embed_dim, vision, quick))
         self.width = _width(self.visual)
 
     def forward(self, tokens: Tokens) -> Encoded:
@@ -91,18 +101,22 @@ class OpenClipText(Wrapped):
         from open_clip.model import _build_text_tower
 
         options = _options(tower)
-        text = {**options["text_cfg"], "output_tokens": True, "hf_model_pretrained": False}
+        text = _part(options, "text_cfg", "model.text.tower")
+        text |= {"output_tokens": True, "hf_model_pretrained": False}
+        if text.get("hf_model_name") and "hf_config" not in options:
+            raise ConfigError(
+                "model.text.tower.options: hf_model_name without hf_config, which says what it is; add it"
+            )
         with tempfile.TemporaryDirectory() as folder:  # where transformers reads an architecture from, no hub involved
             if "hf_config" in options:
-                still = {
-                    key: 0.0 if "dropout" in key and value else value for key, value in options["hf_config"].items()
-                }
-                Path(folder, "config.json").write_text(json.dumps(still), encoding="utf-8")
+                described = _plain(_part(options, "hf_config", "model.text.tower"))
+                Path(folder, "config.json").write_text(json.dumps(described), encoding="utf-8")
                 text["hf_model_name"] = folder
-                width = options["hf_config"].get("hidden_size") or options["hf_config"].get("d_model")
+                width = described.get("hidden_size") or described.get("d_model")
                 if text.get("hf_proj_type") is None and width != embed_dim:
                     text["hf_proj_type"] = "linear"  # open_clip's adapter would have none, and fail
-            self.text: Any = _build_text_tower(embed_dim, text, options.get("quick_gelu", False))
+            quick = options.get("quick_gelu", False)
+            self.text: Any = _built("model.text.tower", tower, lambda: _build_text_tower(embed_dim, text, quick))
         inner = getattr(self.text, "config", None)  # a Hugging Face model's
         self.width = int(self.text.width if inner is None else getattr(inner, "hidden_size", 0) or inner.d_model)
 
@@ -150,13 +164,68 @@ def pixels(tokens: Tokens) -> Tensor:
     return tokens.x.transpose(1, 2).unflatten(2, (side, side))
 
 
+def _built(where: str, tower: TowerConfig, build: Callable[[], nn.Module]) -> Any:
+    """What `build` returns, without dropout. Raises ConfigError for whatever another library finds wrong."""
+    try:
+        module = build()
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(
+            f"{where}: {tower.library} builds no {tower.name} with {tower.options[:300]}: {told}"
+        ) from error
+    for part in module.modules():  # also what is on by default, as in swin, and what is called by function
+        for name, value in vars(part).items():
+            if isinstance(value, float) and (
+                "drop" in name or (name in ("p", "prob") and "Drop" in type(part).__name__)
+            ):
+                setattr(part, name, 0.0)
+    return module
+
+
+def _known(where: str, name: Any) -> None:
+    """Raises ConfigError unless timm itself has a model of that name, rather than a hub or a folder."""
+    import timm
+
+    if not (isinstance(name, str) and ":" not in name and timm.is_model(name)):
+        near = suggestion(str(name), timm.list_models())
+        raise ConfigError(f"{where} = {name!r}: timm has no such model{near or '; timm.list_models() has them'}")
+
+
+def _part(options: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    found = options.get(name)
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}.options: {name} = {found!r}: must be a JSON object")
+    return dict(found)
+
+
+def _plain(described: dict[str, Any]) -> dict[str, Any]:
+    """A Hugging Face config without what makes transformers fetch code: classes of a repository, and kernels.
+
+    Raises ConfigError for a kind of model that transformers does not have itself: of that it asks whether to run code.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = described.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(f"model.text.tower: transformers has no model_type = {kind!r} of its own; update it")
+    return _without_code(described)
+
+
+def _without_code(described: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_code(value) if isinstance(value, dict) else value
+        for key, value in described.items()
+        if not any(word in key for word in CODE)
+    }
+
+
 def _options(tower: TowerConfig) -> dict[str, Any]:
     try:
         found = json.loads(tower.options)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"tower.options = {tower.options!r}: not JSON ({error})") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"tower.options = {tower.options[:80]!r}: not JSON ({error})") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"tower.options = {tower.options!r}: must be a JSON object")
+        raise ConfigError(f"tower.options = {tower.options[:80]!r}: must be a JSON object")
     return found
 
 

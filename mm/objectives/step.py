@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mm.adapters.named import import_adapters
 from mm.models.model import Model
@@ -82,7 +83,8 @@ class TrainStep(nn.Module):
     @torch.no_grad()
     def features(self, batch: Batch) -> dict[str, Tensor]:
         """Every modality's pooled vectors `[B, E]`, without a graph."""
-        return {name: encoded.pooled for name, encoded in self.model.encode(batch).items()}
+        with watched(self):
+            return {name: encoded.pooled for name, encoded in self.model.encode(batch).items()}
 
     def pairs(self, batch: Batch, features: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Metrics of the pairwise objectives over the features, and their gradients: of those, and of own parameters.
@@ -145,7 +147,8 @@ class TrainStep(nn.Module):
         The tokens after an encoder's final norm feed both its pooled vector and the denoiser: the one place that
         every objective reaches. Parameters' gradients are left alone.
         """
-        encoded = self.model.encode(batch)
+        with watched(self):
+            encoded = self.model.encode(batch)
         shared = {name: item.tokens.x for name, item in encoded.items() if item.tokens.x.requires_grad}
         if not shared:  # all encoders are locked
             return {}
@@ -178,6 +181,22 @@ class TrainStep(nn.Module):
         """Let each objective update what it keeps besides parameters."""
         for objective in self.objectives.values():
             cast("Objective", objective).after_step(self.model)
+
+
+@contextmanager
+def watched(module: nn.Module) -> Iterator[None]:
+    """Inside, a forward leaves no trace: the running statistics of batch norms are put back.
+
+    For what is not a step: else a run that looks at itself, or feeds its batch in parts, would become another one.
+    """
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.training]
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
 
 
 def build_step(config: TrainConfig, tokenizer: Tokenizer) -> TrainStep:

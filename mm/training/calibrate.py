@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm.distributed.device import autocast
+from mm.objectives.step import watched
 from mm.training.progress import say
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def count_flops(step: TrainStep, loader: Loader, config: TrainConfig, device: to
     part = batch.split(len(batch) // config.optim.accumulate)[0]
     if config.parallel.strategy != "ddp" or config.parallel.activation_checkpointing != "none":
         part = part.split(FEW)[0]  # more may fit only once it is sharded, or computed twice
-    with FlopCounterMode(display=False) as counter:
+    with watched(step), FlopCounterMode(display=False) as counter:
         step.backward(part, 1, lambda: autocast(config.parallel, device))
     unused = any(p.grad is None for p in step.parameters() if p.requires_grad)
     step.zero_grad()
@@ -61,7 +62,8 @@ def steps_within(trainer: Trainer, budget: float, started: float) -> int:
     seconds = []
     start = time.perf_counter()
     for batch in itertools.islice(trainer.loader, CALIBRATION_STEPS + 1):
-        trainer.iterate(batch.to(trainer.device), factor=0.0)
+        with watched(trainer.step_module):
+            trainer.iterate(batch.to(trainer.device), factor=0.0)
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
     each = median(seconds[1:])  # the first one compiles

@@ -360,3 +360,19 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(finished: Path, tmp
     (tmp_path / "deeper/adapter_model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ConfigError, match="damaged"):
         mm.load(base, adapter=tmp_path / "deeper", device="cpu")
+
+
+def test_rank_stabilised_lora_has_its_own_scale(tmp_path: Path) -> None:
+    from mm.adaptation.lora import _scale
+
+    plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 16}
+    assert _scale(tmp_path, plain) == 4.0
+    assert _scale(tmp_path, plain | {"use_rslora": True}) == 8.0  # alpha / sqrt(rank), arXiv 2312.03732
+
+
+def test_lora_is_not_put_beside_a_matrix_that_torch_reads_without_calling_it() -> None:
+    from mm.adaptation.lora import linears
+
+    attention = torch.nn.MultiheadAttention(8, 2)
+    assert linears([attention, torch.nn.Sequential(torch.nn.Linear(2, 3))]) != []
+    assert attention.out_proj not in linears([attention])

@@ -115,3 +115,11 @@ def test_pixels_are_those_of_open_clips_transform_to_the_bit(mode: Any) -> None:
 def test_a_picture_thinner_than_a_pixel_of_the_result_is_still_one() -> None:
     found = ImageProcessor(24, resize=Fit("longest"))
     assert found.prepare(picture(1000, 1), train=False)["pixels"].shape == (24, 24, 3)
+
+
+def test_a_text_that_spells_the_end_token_ends_there_as_in_open_clip() -> None:
+    loaded, theirs = made("clip").loaded, made("clip").theirs
+    texts = ["red <end_of_text> blue heart"]
+    with torch.no_grad():
+        wanted = torch.nn.functional.normalize(theirs.encode_text(open_clip.tokenize(texts, context_length=16)), dim=-1)
+    assert torch.allclose(loaded.encode(text=texts)["text"], wanted, atol=1e-5)

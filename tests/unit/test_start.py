@@ -187,3 +187,44 @@ def test_a_hugging_face_text_encoder_comes_from_a_folder(tmp_path: Path, capfd: 
     assert same(step, read(source), "encoders.text")
     assert step.model.encoders["text"].text.proj.weight.shape == (128, 48)  # into the run's own space
     assert capfd.readouterr() == ("", "")  # transformers' bars and reports are not ours
+
+
+def test_a_trained_scale_above_the_bound_is_not_cut(tmp_path: Path) -> None:
+    from mm.adapters.text import train_tokenizer
+    from mm.models.export import save_export
+
+    source, tokenizer = TrainConfig(model=tiny()), train_tokenizer(["red heart", "blue car"], 300)
+    theirs = build_step(source, tokenizer)
+    theirs.objectives["contrastive"].logit_scale.data.fill_(5.0)
+    save_export(tmp_path / "theirs", theirs.state_dict(), source, tokenizer.to_json(), {})
+    step = begun(config(tmp_path, model=str(tmp_path / "theirs")))
+    step.after_step()
+    assert float(step.objectives["contrastive"].logit_scale.detach()) == pytest.approx(5.0, abs=1e-6)
+
+
+def test_a_config_that_is_far_larger_than_its_weights_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    import json
+
+    import mm
+    from mm.adapters.text import train_tokenizer
+    from mm.models.export import save_export
+
+    source, tokenizer = TrainConfig(model=tiny()), train_tokenizer(["red heart", "blue car"], 300)
+    save_export(tmp_path, build_step(source, tokenizer).state_dict(), source, tokenizer.to_json(), {})
+    whole = json.loads((tmp_path / "config.json").read_text())
+    for field, value in [("width", 4 * 10**8), ("depth", 10**6), ("mlp_ratio", 1e300), ("heads", 0), ("patch", 0)]:
+        own = json.loads(json.dumps(whole))
+        own["model"]["image"][field] = value
+        (tmp_path / "config.json").write_text(json.dumps(own))
+        with pytest.raises(ConfigError, match="many more than its weights|no model that can be built") as caught:
+            mm.load(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_loss_of_a_source_is_taken_with_its_bias(tmp_path: Path) -> None:
+    settings = config(tmp_path, model=tiny_clip(tmp_path / "clip", init_logit_bias=-7.0)[1])
+    step = begun(settings)
+    assert settings.objectives.contrastive is not None
+    assert settings.objectives.contrastive.kind == "sigmoid"
+    bias = step.state_dict()["objectives.contrastive.logit_bias"]
+    assert torch.equal(bias, read(settings.start.model).tensors["objectives.contrastive.logit_bias"])
