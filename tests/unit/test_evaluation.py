@@ -230,3 +230,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         write_whole(tmp_path / "a" / "x.json", b"new")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["x.json"]
     assert (tmp_path / "a" / "x.json").read_bytes() == b"old"
+
+
+def test_without_tasks_what_the_model_can_do_is_measured(step: TrainStep, openmoji_shards: Path, root: Path) -> None:
+    config = load_config(root / "configs" / "debug.py")
+    config.objectives.diffusion = None
+    extras = {name: tensor for name, tensor in step.state_dict().items() if name.startswith("objectives.contrastive")}
+    data = str(openmoji_shards / "val-*.tar")
+    known = (step.model, extras, config, {})
+    found = evaluate("other:model", data=data, tasks=None, limit=6, progress=False, load=lambda _: known)
+    assert "zero_shot" in found
+    assert "generation" not in found
