@@ -86,7 +86,6 @@ def useful(folder: Path, out: Path) -> None:
         assert torch.equal(vector, again[name])
 
 
-@pytest.mark.slow
 def test_a_locked_image_tower_stays_and_the_rest_learns(clip: str, shards: str, tmp_path: Path) -> None:
     """LiT (arXiv 2111.07991), and diffusion beside it."""
     folder = tmp_path / "run"

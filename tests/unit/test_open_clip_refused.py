@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import mm
 from mm.config import ConfigError
 from mm.interop.files import CONVERT, read_weights
+from mm.interop.open_clip import read
 
 
 def refusal(source: str) -> str:
@@ -137,3 +138,10 @@ def test_descriptions_that_mm_cannot_follow(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text("{")
     assert "is no open_clip config" in refusal(f"open_clip:local-dir:{tmp_path}")
     assert "is not there" in refusal(f"open_clip:local-dir:{tmp_path / 'nowhere'}")
+
+
+def test_a_tag_that_was_trained_with_quick_gelu_has_it() -> None:
+    """open_clip warns, and goes on with activations that the weights were not trained with."""
+    openai, laion = (read(f"open_clip:ViT-B-32/{tag}", weights=False).model for tag in ("openai", "laion2b_s34b_b79k"))
+    assert {openai.image.activation, openai.text.activation} == {"quick_gelu"}
+    assert {laion.image.activation, laion.text.activation} == {"gelu"}
