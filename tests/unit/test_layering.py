@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = [
     {"mm_kernels"},
     {"mm.types"},
-    {"mm.config", "mm.settings", "mm.fields", "mm.rules", "mm.rules_modalities"},
+    {"mm.config", "mm.model_config", "mm.settings", "mm.fields", "mm.rules", "mm.rules_modalities"},
     {"mm.nn"},
     {"mm.adapters"},
     {"mm.models"},
