@@ -43,6 +43,7 @@ def save_export(
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, fresh / WEIGHTS, metadata=metadata)
     save(config, fresh / CONFIG)
     (fresh / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+    os.chmod(fresh / WEIGHTS, (fresh / TOKENIZER).stat().st_mode)  # safetensors writes for its owner only
     folder.mkdir(exist_ok=True)
     for name in (TOKENIZER, CONFIG, WEIGHTS):  # file by file: at any moment each is there whole, old or new
         with open(fresh / name, "rb") as file:

@@ -40,6 +40,11 @@ def run(root: Path, step: TrainStep, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+def test_whoever_may_read_an_exports_tokenizer_may_read_its_weights(run: Path) -> None:
+    modes = {name: (run / "export" / name).stat().st_mode for name in ("tokenizer.json", "model.safetensors")}
+    assert modes["model.safetensors"] == modes["tokenizer.json"]
+
+
 def test_pixel_rank_counts_the_nearer_references() -> None:
     levels = torch.tensor([0, 50, 100, 200], dtype=torch.uint8)
     references = levels.view(4, 1, 1, 1).expand(4, 3, 32, 32)
