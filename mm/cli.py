@@ -14,26 +14,21 @@ from mm.usage import UsageError
 HELP = """\
 mm: shared vision and text encoders, trained by a contrastive and a diffusion objective
 
-  mm demo       data, training, evaluation, pictures and a report, on an embedded real data set
-                  mm demo --minutes 8 --out runs/demo
-  mm shards     write, index, verify and count image-caption shards
-                  mm shards folder photos shards/photos --captions photos.csv
-  mm train      train what a config file describes; the same command resumes
-                  mm train configs/debug.py --data.train shards/openmoji --run.steps 100
-  mm checkpoints  which checkpoints a run has, and whether they are whole
-                  mm checkpoints runs/demo
-  mm chaos      kill, stop and starve a run of yours, break its files, and see it go on
-                  mm chaos configs/debug.py --processes 2
-  mm plan       memory, FLOPs, traffic, time and cost of a run on a cluster, without one
-                  mm plan configs/vit_b32_cc12m.py --gpus 64 --gpu h100
-  mm classify   label images with words of your own
-                  mm classify runs/demo cat.png --labels cat,dog --template "an emoji of {}"
-  mm generate   draw images from text, as a grid
-                  mm generate runs/demo "red heart" "blue heart" --n 4 --seed 0 --out grid.png
-  mm evaluate   measure a trained model on shards
-                  mm evaluate runs/demo --data "shards/openmoji/val-*.tar" --out results.json
-  mm release    a model as a folder that mm, open_clip, diffusers or transformers loads
-                  mm release runs/demo released/demo --format open_clip
+  mm demo --minutes 8 --out runs/demo              everything below, on an embedded real data set
+  mm shards folder photos shards/photos            write, index, verify and count shards
+  mm train configs/debug.py --data.train SHARDS    train a config; the same command resumes
+  mm checkpoints RUN                               those of a run, and whether they are whole
+  mm chaos configs/debug.py --processes 2          kill and starve a run, and see it go on
+  mm plan configs/x.py --gpus 64 --gpu h100        memory, time and cost on a cluster
+  mm classify RUN cat.png --labels cat,dog         label images with words of your own
+  mm generate RUN "red heart" --n 4                draw images from text, as a grid
+  mm index RUN SHARDS --out emoji.index            embeddings of pictures, to search in
+  mm search emoji.index "red heart"                the pictures nearest to words or a picture
+  mm evaluate RUN --data SHARDS --out a.json       measure a trained model on shards
+  mm compare a.json b.json                         what changed, and whether it is chance
+  mm report RUN                                    curves, numbers and pictures in one page
+  mm serve RUN --port 8000                         an HTTP API as OpenAI and Hugging Face have
+  mm release RUN OUT --format open_clip            a folder that other libraries load
 
 RUN: a run or released folder, or open_clip:NAME/TAG. mm COMMAND --help says more, --traceback all.
 """

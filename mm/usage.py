@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 from mm.fields import suggestion
 
+RUN = "run folder, released folder or open_clip:NAME/TAG"
+
 
 class UsageError(ValueError):
     """A command line that cannot be meant."""

@@ -56,7 +56,8 @@ class Keys(Sequence[str]):
 class ShardIndex:
     """Every usable sample of some shards: its key, and where its parts lie.
 
-    `parts`: what may hold a sample's caption ("txt", "caption", "json"), a tuple for all or a list of one a shard.
+    `parts`: what may hold a sample's caption ("txt", "caption", "json"), a tuple for all or a list of one a shard; an
+    empty tuple where pictures alone are wanted.
     `shards`: paths or URLs; `sizes`: usable samples in each, int64 [S]; `ledger` says what was left out and why,
     `rejected` of `seen` samples. Raises ConfigError naming the member extensions seen where no sample is usable.
     """
@@ -186,7 +187,7 @@ class ShardIndex:
                 rows = slice(start, min(start + _PIECE, last))
                 images = self.table.sizes("image", rows)
                 good = (images != NONE) & (images != 0) & (not lost)
-                some = np.zeros(len(good), np.bool_)
+                some = np.full(len(good), not parts)
                 for part in parts:
                     sizes = self.table.sizes(part, rows)
                     some |= (sizes > 0) & (sizes <= LARGEST_TEXT)
@@ -231,10 +232,10 @@ class ShardIndex:
             "; captions in json are named --data.caption json.FIELD" if "json" in seen and "json" not in asked else ""
         )
         refused = next((f"; {entry.shard!r}: {entry.reason}" for entry in self.ledger if not entry.key), "")
+        caption = f" and a caption ({', '.join(dict.fromkeys(p for ps in self._parts for p in ps))})" if asked else ""
         return (
-            f"shards {spec!r}: none of {self.seen} samples has an image ({', '.join(IMAGES)}) and a caption "
-            f"({', '.join(dict.fromkeys(p for parts in self._parts for p in parts))}); member extensions seen: {seen}"
-            f"{refused}{hint}"
+            f"shards {spec!r}: none of {self.seen} samples has an image ({', '.join(IMAGES)}){caption}; "
+            f"member extensions seen: {seen}{refused}{hint if asked else ''}"
         )
 
 

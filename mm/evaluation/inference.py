@@ -211,7 +211,7 @@ class Inference:
         if not prompts:
             return ()
         texts = ["" if prompt is None else prompt for prompt in prompts]
-        tokens, mask, text = self._run(self._text_condition, self.prepare("text", texts), self._size("text"))
+        tokens, mask, text = self.text_condition(texts)
         image, shown = torch.zeros_like(text), torch.zeros(len(texts))
         if images is not None:
             there = [place for place, picture in enumerate(images) if picture is not None]
@@ -219,6 +219,10 @@ class Inference:
             shown[there] = 1.0
         told = torch.tensor([float(bool(words)) for words in texts])
         return tokens, mask, text, image, told, shown, torch.tensor(numbers, dtype=torch.int64)
+
+    def text_condition(self, texts: Sequence[str]) -> Items:
+        """What the denoiser is told of texts: tokens `[B, L, D]`, their mask `[B, L]`, pooled vectors `[B, E]`."""
+        return self._run(self._text_condition, self.prepare("text", texts), self._size("text"))
 
     def _text_condition(self, *part: Tensor) -> Items:
         encoded = self._encoded("text", part)

@@ -22,8 +22,8 @@ from mm.evaluation import samples
 from mm.evaluation.added import retrieval_with
 from mm.evaluation.images import pixel_rank, write_whole
 from mm.evaluation.inference import Inference
+from mm.evaluation.job import BATCH, Job
 from mm.evaluation.retrieval import recall
-from mm.evaluation.samples import SampleSet
 from mm.fields import suggestion
 from mm.models.export import find_export, load_export
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 SKIN = "skin tone"  # in a caption: a variant that differs from its neighbours in one colour
 NEAR = 10  # a drawing is right when its picture is among so many nearest
-BATCH = {"image": 256, "text": 256, "draw": 32}  # larger than a user's: the order here is always the same
 
 
 @dataclass
@@ -91,19 +90,15 @@ def evaluate(
     inference = Inference(model, config, extras)
     inference.bf16 = precision == "bf16"
     held_out, reference = samples.around(data, candidates)
-    files = list(dict.fromkeys([*reference, *held_out]))
-    read = samples.read_samples(files, inference.processor("image"), progress=progress)
     job = Job(
         inference,
-        read,
-        held_out=read.within(set(map(os.path.abspath, held_out))),
-        candidates=read.within(set(map(os.path.abspath, reference))),
-        left_out=samples.left_out_names(reference),
         files=held_out,
+        reference=reference,
         settings={"limit": limit, "steps": steps, "guidance": guidance, "solver": "euler", "seed": seed}
         | {"precision": precision},
         progress=progress,
     )
+    read = job.samples
     result: dict[str, Any] = {
         "run": folder.resolve().name if folder.exists() else os.fspath(run),
         "step": int(note["step"]) if str(note.get("step", "")).isdigit() else None,
@@ -125,30 +120,6 @@ def evaluate(
     if out is not None:
         write_whole(out, (json.dumps(result, indent=1) + "\n").encode())
     return result
-
-
-@dataclass
-class Job:
-    """What every task is given; places are of `samples`."""
-
-    inference: Inference
-    samples: SampleSet
-    held_out: list[int]
-    candidates: list[int]
-    left_out: list[str]
-    files: list[str]  # of the held-out shards
-    settings: dict[str, Any]
-    progress: bool
-
-    def captions(self, places: Sequence[int]) -> list[str]:
-        return [self.samples.captions[place] for place in places]
-
-    def texts(self, captions: Sequence[str]) -> Tensor:
-        return self.inference.encode("text", captions, micro_batch=BATCH["text"], progress=self.progress)
-
-    def pictures(self, places: Sequence[int]) -> Tensor:
-        columns = (self.samples.images[list(places)],)
-        return self.inference.embed("image", columns, micro_batch=BATCH["image"], progress=self.progress)
 
 
 def _zero_shot(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -182,8 +153,7 @@ def _retrieval(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _generation(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
     """How often the right picture is among the nearest to what is drawn from its caption."""
-    train = [p for p in job.candidates if samples.is_train(job.samples.shards[p]) and p not in set(job.held_out)]
-    train = samples.evenly(train, job.settings["limit"])
+    train = samples.evenly(job.train, job.settings["limit"])
     wanted = [*train, *job.held_out]
     bank = list(dict.fromkeys([*job.candidates, *job.held_out]))
     settings = job.settings

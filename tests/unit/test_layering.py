@@ -41,10 +41,17 @@ ROOMS = [
         "mm.chaos",
         "mm.commands_chaos",
         "mm.commands_release",
+        "mm.commands_classify",
+        "mm.commands_generate",
+        "mm.commands_evaluate",
+        "mm.commands_report",
+        "mm.commands_search",
+        "mm.commands_serve",
     },
 ]
 RANKS = {name: rank for rank, room in enumerate(ROOMS) for name in room}
 SLOW_TO_IMPORT = {"diffusers", "open_clip", "timm", "webdataset", "transformers", "peft", "tensorboard", "matplotlib"}
+SLOW_TO_IMPORT |= {"faiss", "sklearn", "pyarrow", "fastapi", "uvicorn"}
 BUNDLED = "mm.interop.diffusers_parts."  # copied into exports, where the library is there; nothing of mm imports it
 
 

@@ -1,0 +1,59 @@
+"""Pictures and lists of words that people name on a command line: opened, or refused in a line with the file's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mm.data.decode import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_BYTES = 256 << 20  # of a picture file or a list of words
+
+
+def open_image(path: str) -> Image.Image:
+    """The decoded, upright image of a file. Raises ValueError naming the file where it is no image, or damaged."""
+    import warnings
+
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels are over the limit of {MAX_PIXELS}")
+                image.load()
+                return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not an image that Pillow can read") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: over the limit of {MAX_PIXELS} pixels") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:  # missing, a folder, no permission: says so itself
+            raise
+        raise ValueError(f"{path}: a damaged image ({error})") from error
+
+
+def read_lines(path: str, what: str) -> list[str]:
+    """The lines of a UTF-8 file that are not blank, stripped; `what` says in errors what a line should be.
+
+    `-` is standard input. Raises ValueError where it is no text, too large, or holds nothing.
+    """
+    import sys
+
+    try:
+        if path == "-":
+            text = sys.stdin.read(MAX_BYTES)
+        else:
+            if Path(path).is_file() and Path(path).stat().st_size > MAX_BYTES:
+                raise ValueError(f"{path}: over {MAX_BYTES >> 20} MB; is it a list, with {what} a line?")
+            text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); give {what} a line") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: holds nothing; give {what} a line")
+    return lines
