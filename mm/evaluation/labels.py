@@ -1,0 +1,132 @@
+"""What class a sample of a shard is of: from its `cls` member, its json, or its caption."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm.config import ConfigError
+from mm.data.captions import Captions, text
+from mm.data.index import LARGEST_TEXT, ShardIndex
+from mm.data.reader import Reader
+from mm.data.remote import is_remote
+from mm.evaluation.files import read_lines
+
+NONE = "(none)"  # the class of captions that a pattern is not found in
+MOST = 200  # characters of a class's name or of a pattern
+SEARCHED = 1000  # characters of a caption that a pattern is looked for in
+
+
+class Label:
+    """Reads a sample's class, as a text.
+
+    `spec`: "cls", a member that holds it, as in CLIP_benchmark's shards; "json.FIELD" (or "json.FIELD.FIELD"), a text,
+    number or truth value there; "caption", the whole of it; "caption:PATTERN", the pattern's first group or else what
+    it matches, and "(none)" where it matches nothing. `captions` and `members`: what a `Stream` must bring along.
+    `captions` says where captions are. Raises ValueError for another spec.
+    """
+
+    def __init__(self, spec: str, captions: str = "txt") -> None:
+        kind, colon, pattern = spec.partition(":") if isinstance(spec, str) else ("", "", "")
+        part, *self.fields = kind.split(".")
+        known = kind in ("cls", "caption") or (part == "json" and bool(self.fields) and all(self.fields))
+        if not known or (colon and (kind != "caption" or not 0 < len(pattern) <= MOST)):
+            raise ValueError(
+                f"label = {spec!r}: must be cls, json.FIELD, caption, or caption:PATTERN of up to {MOST} characters"
+            )
+        try:
+            self.pattern = re.compile(pattern) if colon else None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"label = {spec!r}: not a regular expression ({error})") from error
+        self.spec, self.members = spec, () if kind == "caption" else (part,)
+        self.captions = captions if kind == "caption" else ""
+        self._places = Captions(self.captions) if self.captions else None
+
+    def __call__(self, captions: Sequence[str], members: Mapping[str, bytes]) -> str:
+        """The class of a sample with these captions and members. Raises ValueError where it has none."""
+        if self.members:
+            (data,) = (members[name] for name in self.members)
+            if len(data) > LARGEST_TEXT:
+                raise ValueError(f"{self.members[0]} of {len(data)} bytes is over the limit of {LARGEST_TEXT}")
+            return _short(_field(data, self.fields) if self.fields else text(data))
+        if self.pattern is None:
+            return captions[0]
+        found = self.pattern.search(captions[0][:SEARCHED])
+        return _short(((found[1] if self.pattern.groups else found[0]) or NONE) if found else NONE)
+
+    def survey(self, files: Sequence[str]) -> list[str | None]:
+        """The class of each sample, in the order in which a `Stream` of the same files numbers them, None where it has
+        none. No picture is read."""
+        parts = self._places.parts if self._places else ()
+        reader = Reader(ShardIndex(list(files), parts=parts), self._places or Captions("txt"), images=False)
+        return [self._of(reader, number, parts) for number in range(len(reader.index))]
+
+    def _of(self, reader: Reader, number: int, parts: tuple[str, ...]) -> str | None:
+        try:
+            data = reader.parts(number, parts, self.members)
+            found = self._places.texts(data.get, every=False)[0][0] if self._places else []
+            return self(found, data)
+        except ValueError:  # the stream says why, in its `lost`
+            return None
+
+
+def read_label(spec: str, files: Sequence[str], captions: str = "txt") -> Label:
+    """The `Label` of a spec; of "", `cls` where the first sample of the files has it, and its caption otherwise."""
+    if spec:
+        return Label(spec, captions)
+    label = Label("cls")
+    reader = Reader(ShardIndex(list(files), parts=()), images=False)
+    return label if label._of(reader, 0, ()) is not None else Label("caption", captions)
+
+
+def ordered(labels: Sequence[str]) -> list[str]:
+    """Each label once: numbers by value, then texts."""
+    return sorted(set(labels), key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label))
+
+
+def lines_beside(files: Sequence[str], name: str) -> list[str]:
+    """The lines of a file in the folder of local shards or in the one around it, [] where there is none.
+
+    CLIP_benchmark has `classnames.txt` and `zeroshot_classification_templates.txt` there.
+    """
+    for folder in dict.fromkeys(Path(file).resolve().parent for file in files if not is_remote(file)):
+        for path in (folder / name, folder.parent / name):
+            if path.is_file():
+                return read_lines(str(path), "one")
+    return []
+
+
+def class_names(label: Label, found: Sequence[str], files: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """The name of each class, in the order of the classes: `cls` numbers count `names`, or the lines of classnames.txt;
+    other classes are their own names. `found`: the classes of all samples. Raises ConfigError where one has no name."""
+    if label.spec != "cls":
+        return {one: one for one in (dict.fromkeys(found) if label.spec == "caption" else ordered(found))}
+    names = list(names) or lines_beside(files, "classnames.txt")
+    if not names:
+        raise ConfigError(f"classes = []: no classnames.txt beside {files[0]}; give the name of class 0, 1, ...")
+    known = {str(number): name for number, name in enumerate(names)}
+    strange = [one for one in ordered(found) if one not in known]
+    if strange:
+        raise ConfigError(f"classes: {len(names)} names, none of class {strange[0]!r}; give one for each from 0 on")
+    return known
+
+
+def _field(data: bytes, fields: Sequence[str]) -> str:
+    try:
+        value: Any = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"metadata is not JSON: {' '.join(str(error).split())[:100]}") from error
+    for field in fields:
+        value = value.get(field) if isinstance(value, dict) else None
+    if not isinstance(value, (str, int, float)) or not str(value).strip():
+        raise ValueError(f"metadata has no text or number in {'.'.join(fields)!r}")
+    return str(value).strip()
+
+
+def _short(label: str) -> str:
+    if len(label) > MOST:
+        raise ValueError(f"a class of {len(label)} characters; must be at most {MOST}")
+    return label
