@@ -94,7 +94,7 @@ def zoomed(picture: Array, factor: float) -> Array:
 
 
 def moved(picture: Array, down: Array, right: Array) -> Array:
-    """Each pixel taken from so many pixels further down and right, `[H, W]` each; beyond an edge is the edge's pixel."""
+    """Each pixel taken from so many pixels further down and right, `[H, W]` each; beyond an edge is its pixel."""
     height, width = picture.shape[:2]
     rows = np.clip(np.arange(height)[:, None] + down, 0, height - 1)
     columns = np.clip(np.arange(width) + right, 0, width - 1)

@@ -58,8 +58,9 @@ def robustness(job: Job, settings: dict[str, Any]) -> Outcome:
     """Top-1 accuracy of the held-out pictures, clean and corrupted; settings as in tasks/robustness.toml.
 
     Metrics: `acc1`; `acc1_corrupted`, its mean over corruptions and severities; `acc1_NAME` by corruption and
-    `acc1_severity_S` by severity; `relative_drop`, the share of `acc1` that is lost. Errors are standard deviations over
-    bootstrap draws of pictures. Raises ConfigError where the shards have no classes, ValueError for a wrong setting.
+    `acc1_severity_S` by severity; `relative_drop`, the share of `acc1` that is lost. Errors are standard deviations
+    over bootstrap draws of pictures. Raises ConfigError where the shards have no classes, ValueError for a wrong
+    setting.
     """
     check_settings(settings)
     settings = DEFAULTS | settings
@@ -97,7 +98,9 @@ def robustness(job: Job, settings: dict[str, Any]) -> Outcome:
             "key": key,
             "truth": classes[truth],
             "guess": classes[one],
-            "right": {name: row.int().tolist() for name, row in zip(names, rows, strict=True)},
+            "acc1": int(truth == one),
+            "acc1_corrupted": float(rows.float().mean()),
+            **{f"acc1_{name}": row.int().tolist() for name, row in zip(names, rows, strict=True)},  # by severity
         }
         for key, truth, one, rows in zip(keys, truths, clean, table, strict=True)
     ]
@@ -117,7 +120,8 @@ def measured(right: np.ndarray, names: Sequence[str], severities: Sequence[int],
     """
     clean, worse = right[:, :1].astype(float), right[:, 1:].reshape(-1, len(names), len(severities)).astype(float)
     columns = np.concatenate([clean, worse.mean((1, 2))[:, None], worse.mean(2), worse.mean(1)], axis=1)
-    titles = ["acc1", "acc1_corrupted", *(f"acc1_{name}" for name in names), *(f"acc1_severity_{s}" for s in severities)]
+    titles = ["acc1", "acc1_corrupted", *(f"acc1_{name}" for name in names)]
+    titles += [f"acc1_severity_{severity}" for severity in severities]
     values, draws = columns.mean(0), _resampled(columns, seed)  # [M], [R, M]
     errors, count = draws.std(0, ddof=1), len(right)
     metrics = {
