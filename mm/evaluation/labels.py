@@ -15,6 +15,7 @@ from mm.data.reader import Reader
 from mm.data.remote import is_remote
 from mm.evaluation.files import read_lines
 
+BESIDE = "shards"  # where words are: in files beside these
 NONE = "(none)"  # the class of captions that a pattern is not found in
 MOST = 200  # characters of a class's name or of a pattern
 SEARCHED = 1000  # characters of a caption that a pattern is looked for in
@@ -87,11 +88,15 @@ def ordered(labels: Sequence[str]) -> list[str]:
     return sorted(set(labels), key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label))
 
 
-def lines_beside(files: Sequence[str], name: str) -> list[str]:
-    """The lines of a file in the folder of local shards or in the one around it, [] where there is none.
+def words(given: str | Sequence[str], name: str, files: Sequence[str]) -> list[str]:
+    """A list as it is, the lines of a file, or of "shards" those of the file `name` beside local shards, else [].
 
-    CLIP_benchmark has `classnames.txt` and `zeroshot_classification_templates.txt` there.
+    CLIP_benchmark has such files in the folder around that of the shards.
     """
+    if not isinstance(given, str):
+        return list(given)
+    if given != BESIDE:
+        return read_lines(given, "one")
     for folder in dict.fromkeys(Path(file).resolve().parent for file in files if not is_remote(file)):
         for path in (folder / name, folder.parent / name):
             if path.is_file():
@@ -99,18 +104,34 @@ def lines_beside(files: Sequence[str], name: str) -> list[str]:
     return []
 
 
-def class_names(label: Label, found: Sequence[str], files: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """The name of each class, in the order of the classes: `cls` numbers count `names`, or the lines of classnames.txt;
-    other classes are their own names. `found`: the classes of all samples. Raises ConfigError where one has no name."""
-    if label.spec != "cls":
+def check_words(name: str, given: Any) -> None:
+    """Raises ValueError unless `words` can take it."""
+    if isinstance(given, str) and (given == BESIDE or Path(given).expanduser().is_file()):
+        return
+    if isinstance(given, str):
+        raise ValueError(f"{name} = {given!r}: no such file; give {BESIDE!r}, a file of lines, or a list")
+    if not isinstance(given, (list, tuple)) or not given or not all(isinstance(one, str) and one for one in given):
+        raise ValueError(f"{name} = {given!r}: must be a list of texts, at least one")
+
+
+def class_names(label: Label, found: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """The name of each class, in the order of the classes. Numbers count `names`; of other classes, `names` are all
+    there are, and where there are none they name themselves. `found`: the classes of all samples.
+
+    Raises ConfigError for a class without a name.
+    """
+    if not label.members:
         return {one: one for one in (dict.fromkeys(found) if label.spec == "caption" else ordered(found))}
-    names = list(names) or lines_beside(files, "classnames.txt")
+    if not names and not any(one.isdecimal() for one in found):
+        return {one: one for one in ordered(found)}
     if not names:
-        raise ConfigError(f"classes = []: no classnames.txt beside {files[0]}; give the name of class 0, 1, ...")
+        raise ConfigError("classes: no classnames.txt beside the shards; put it there, or give a file or a list")
     known = {str(number): name for number, name in enumerate(names)}
+    if not all(one in known for one in found):
+        known = {name: name for name in names}
     strange = [one for one in ordered(found) if one not in known]
     if strange:
-        raise ConfigError(f"classes: {len(names)} names, none of class {strange[0]!r}; give one for each from 0 on")
+        raise ConfigError(f"classes: {strange[0]!r} is none of the {len(names)} there are; check their list")
     return known
 
 

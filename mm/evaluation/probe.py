@@ -23,7 +23,7 @@ from mm.config import ConfigError
 from mm.data.remote import is_remote
 from mm.data.shards import expand
 from mm.evaluation.job import BATCH, Job
-from mm.evaluation.labels import Label, ordered, read_label
+from mm.evaluation.labels import Label, ordered
 from mm.evaluation.outcome import Metric, Outcome
 from mm.evaluation.regression import MOST_ITERATIONS, few, linear_probe
 from mm.evaluation.samples import is_train
@@ -53,8 +53,8 @@ class Features:
     unusable: int = 0  # samples left out: no picture, or no label
 
 
-def check_settings(settings: dict[str, Any]) -> None:
-    """Raises ValueError for a setting that cannot be used."""
+def checked(settings: dict[str, Any]) -> dict[str, Any]:
+    """All settings. Raises ValueError for one that cannot be used."""
     given = DEFAULTS | settings
     if given["features"] not in FEATURES:
         raise ValueError(f"features = {given['features']!r}: must be one of {', '.join(FEATURES)}")
@@ -69,8 +69,10 @@ def check_settings(settings: dict[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
             what = f"{'a whole number' if kind is int else 'a number'} from {low}"
             raise ValueError(f"{name} = {value!r}: must be {what}{'' if high == math.inf else f' to {high:g}'}")
-    if given["label"]:
-        Label(given["label"], given["captions"])
+    if given["label"] == "caption":
+        raise ValueError("label = 'caption': each is a class of its own; give json.FIELD or caption:PATTERN")
+    Label(given["label"], given["captions"])
+    return given
 
 
 def probe(job: Job, settings: dict[str, Any]) -> Outcome:
@@ -81,12 +83,9 @@ def probe(job: Job, settings: dict[str, Any]) -> Outcome:
     reached on the held-out training pictures. Raises ConfigError for shards without classes or without training
     pictures, ValueError for a wrong setting.
     """
-    check_settings(settings)
-    settings = DEFAULTS | settings
+    settings = checked(settings)
     files = training_files(job.files, job.reference, settings["train"])
-    label = read_label(settings["label"], files, settings["captions"])
-    if label.spec == "caption":
-        raise ConfigError('label = "caption": each is a class of its own; give json.FIELD or caption:PATTERN')
+    label = Label(settings["label"], settings["captions"])
     train = _read(job, files, label, settings, "reading training pictures", settings["shots"])
     classes = ordered(train.labels)
     test = _read(job, job.files, label, settings, "reading held-out pictures")
@@ -125,7 +124,8 @@ def probe(job: Job, settings: dict[str, Any]) -> Outcome:
             "validation_acc1_by_c": {f"{c:.3g}": share for c, share in fit.curve.items()},
             "iterations": fit.iterations,
             "converged": fit.converged,
-            "unusable": {"training": train.unusable, "held_out": test.unusable},
+            "unusable": test.unusable,
+            "unusable_training": train.unusable,
             "unseen_classes": len(set(test.labels) - set(classes)),
         },
     )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mm.config import ConfigError
 from mm.evaluation.corruptions import CORRUPTIONS, SEVERITIES, check, corrupted
 from mm.evaluation.job import Job
-from mm.evaluation.labels import class_names, lines_beside, read_label
+from mm.evaluation.labels import BESIDE, Label, check_words, class_names, read_label, words
 from mm.evaluation.outcome import RESAMPLES, Metric, Outcome
 from mm.evaluation.samples import evenly
 from mm.evaluation.stream import Chunk
@@ -30,8 +30,8 @@ CHUNK = 100  # pictures whose corrupted versions are held at once
 DEFAULTS: dict[str, Any] = {
     "label": "",
     "captions": "txt",
-    "classes": [],
-    "templates": [],
+    "classes": BESIDE,
+    "templates": BESIDE,
     "corruptions": [],
     "severities": list(SEVERITIES),
     "limit": 200,
@@ -39,8 +39,9 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def check_settings(settings: dict[str, Any]) -> None:
-    """Raises ValueError for corruptions, severities or numbers that cannot be used."""
+def checked(settings: dict[str, Any]) -> dict[str, Any]:
+    """All settings. Raises ValueError for one that cannot be used."""
+    settings = DEFAULTS | settings
     names, severities = _lists(settings)
     for name in names:
         check(name)
@@ -48,10 +49,14 @@ def check_settings(settings: dict[str, Any]) -> None:
         check(names[0], severity)
     if not severities or len(set(severities)) < len(severities) or len(set(names)) < len(names):
         raise ValueError(f"severities = {severities}, corruptions = {names}: give at least one, and each once")
-    for name, least in (("limit", 1), ("seed", 0)):
-        value = settings.get(name, DEFAULTS[name])
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} = {value!r}: must be a whole number of at least {least}")
+    for name in ("limit", "seed"):
+        value = settings[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} = {value!r}: must be a whole number of at least 0")
+    Label(settings["label"] or "caption", settings["captions"])
+    for name in ("classes", "templates"):
+        check_words(name, settings[name])
+    return settings
 
 
 def robustness(job: Job, settings: dict[str, Any]) -> Outcome:
@@ -62,21 +67,21 @@ def robustness(job: Job, settings: dict[str, Any]) -> Outcome:
     over bootstrap draws of pictures. Raises ConfigError where the shards have no classes, ValueError for a wrong
     setting.
     """
-    check_settings(settings)
-    settings = DEFAULTS | settings
+    settings = checked(settings)
     names, severities = _lists(settings)
     label = read_label(settings["label"], job.files, settings["captions"])
     found = label.survey(job.files)
     labelled = [number for number, one in enumerate(found) if one is not None]
     if not labelled:
         raise ConfigError(f"label = {label.spec!r}: no sample of {job.files[0]} has one; name another")
-    named = class_names(label, [one for one in found if one is not None], job.files, settings["classes"])
-    guess = _zero_shot(job, list(named.values()), _templates(job, label.spec, settings["templates"]))
+    given = words(settings["classes"], "classnames.txt", job.files)
+    named = class_names(label, [one for one in found if one is not None], given)
+    guess = _zero_shot(job, list(named.values()), _templates(job, label, settings["templates"]))
     place = {one: number for number, one in enumerate(named)}
     stream = job.stream(
         captions=label.captions,
         members=label.members,
-        numbers=evenly(labelled, settings["limit"]),
+        numbers=evenly(labelled, settings["limit"] or len(labelled)),
         chunk=CHUNK,
         progress="",
     )
@@ -99,8 +104,9 @@ def robustness(job: Job, settings: dict[str, Any]) -> Outcome:
             "truth": classes[truth],
             "guess": classes[one],
             "acc1": int(truth == one),
-            "acc1_corrupted": float(rows.float().mean()),
-            **{f"acc1_{name}": row.int().tolist() for name, row in zip(names, rows, strict=True)},  # by severity
+            "acc1_corrupted": float(rows.double().mean()),
+            **{f"acc1_{name}": row.int().tolist() for name, row in zip(names, rows, strict=True)},
+            **{f"acc1_severity_{s}": row.int().tolist() for s, row in zip(severities, rows.T, strict=True)},
         }
         for key, truth, one, rows in zip(keys, truths, clean, table, strict=True)
     ]
@@ -168,15 +174,16 @@ def _zero_shot(job: Job, names: Sequence[str], templates: Sequence[str]) -> Call
     return lambda images: (job.inference.embed("image", (images,), micro_batch=CHUNK) @ weights.T).argmax(1)
 
 
-def _templates(job: Job, spec: str, given: Sequence[str]) -> list[str]:
-    """Those given, else those beside shards with classes, whose hole is `{c}`, else the bare name."""
-    beside = lines_beside(job.files, "zeroshot_classification_templates.txt") if spec == "cls" else []
-    return list(given) or [line.replace("{c}", "{}") for line in beside] or ["{}"]
+def _templates(job: Job, label: Label, given: str | Sequence[str]) -> list[str]:
+    """Those given, or beside shards with classes; of none, and for captions unless they are given, the bare name."""
+    if given == BESIDE and not label.members:
+        return ["{}"]
+    lines = words(given, "zeroshot_classification_templates.txt", job.files)
+    return [line.replace("{c}", "{}") for line in lines] or ["{}"]
 
 
 def _lists(settings: dict[str, Any]) -> tuple[list[str], list[int]]:
-    names = settings.get("corruptions", DEFAULTS["corruptions"])
-    severities = settings.get("severities", DEFAULTS["severities"])
+    names, severities = settings["corruptions"], settings["severities"]
     for name, given in (("corruptions", names), ("severities", severities)):
         if not isinstance(given, (list, tuple)):
             raise ValueError(f"{name} = {given!r}: must be a list; write [{given!r}]")

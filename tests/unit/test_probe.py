@@ -23,9 +23,9 @@ from mm.evaluation.inference import Inference
 from mm.evaluation.job import Job
 from mm.evaluation.labels import Label, ordered, read_label
 from mm.evaluation.outcome import Outcome
-from mm.evaluation.probe import check_settings, probe, training_files
+from mm.evaluation.probe import checked, probe, training_files
 from mm.evaluation.regression import choose, few, linear_probe, part
-from mm.evaluation.robustness import check_settings as check_robustness
+from mm.evaluation.robustness import checked as checked_robustness
 from mm.evaluation.robustness import measured, robustness
 from mm.objectives.step import build_step
 from mm.settings import load as load_config
@@ -153,7 +153,7 @@ def test_clip_benchmarks_shards_are_probed_as_they_are(inference: Inference, cli
     assert found.metrics["acc1"].n == 24 and found.metrics["acc1"].value > 0.9
     assert found.metrics["acc5"].value >= found.metrics["acc1"].value
     assert found.detail["training_pictures"] == 60 and found.detail["classes"] == 6
-    assert found.detail["unusable"] == {"training": 0, "held_out": 2}
+    assert found.detail["unusable"] == 2 and found.detail["unusable_training"] == 0
     right = np.mean([record["truth"] == record["guess"] for record in found.records])
     assert right == found.metrics["acc1"].value == np.mean([record["acc1"] for record in found.records])
     again = run(inference, clips / "test")
@@ -245,11 +245,13 @@ def test_a_label_is_bounded_text_whatever_a_shard_holds() -> None:
         {"iterations": 0},
         {"seed": "1"},
         {"label": "nonsense"},
+        {"label": "caption"},
+        {"label": ""},
     ],
 )
 def test_wrong_settings_of_a_probe_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(setting))} = "):
-        check_settings(setting)
+        checked(setting)
 
 
 @pytest.mark.parametrize(
@@ -260,18 +262,21 @@ def test_wrong_settings_of_a_probe_are_refused(setting: dict[str, Any]) -> None:
         ({"severities": [0]}, "severity = 0"),
         ({"severities": []}, "give at least one"),
         ({"severities": [1, 1]}, "each once"),
-        ({"limit": 0}, "limit = 0"),
+        ({"limit": -1}, "limit = -1"),
+        ({"classes": "nowhere.txt"}, "classes = 'nowhere.txt': no such file"),
+        ({"templates": []}, "templates = .*at least one"),
+        ({"label": "json"}, "label = 'json'"),
     ],
 )
 def test_wrong_settings_of_robustness_are_refused(setting: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        check_robustness(setting)
+        checked_robustness(setting)
 
 
 def by_colour(job: Job, names: Sequence[str], templates: Sequence[str]) -> Callable[[torch.Tensor], torch.Tensor]:
     """In the place of a model: the name of the colour that is nearest to a picture's mean."""
-    assert templates == ["a {} picture", "{}"] or names[0].startswith("a ")
-    words = [next(word for word in name.split() if word in COLOURS) for name in names]
+    assert templates == ["red {}"] or templates == (["{}"] if names[0].startswith("a ") else ["a {} picture", "{}"])
+    words = [next((word for word in name.split() if word in COLOURS), "red") for name in names]
     colours = torch.tensor([ImageColor.getrgb(word) for word in words]).float()
     return lambda images: torch.cdist(images.float().mean((2, 3)), colours).argmin(1)
 
@@ -298,11 +303,15 @@ def test_robustness_of_shards_with_classes_and_of_captions(
     named = robustness(job(inference, clips / "test"), settings | {"label": "caption"})
     assert named.detail["label"] == "caption" and named.detail["classes"] == 6  # equal captions are one
     assert named.metrics["acc1"].value == 1
+    for name in found.metrics.keys() - {"relative_drop"}:  # so that two results can be compared sample by sample
+        assert metrics[name] == pytest.approx(np.mean([row[name] for row in found.records])), name
+    warm = settings | {"label": "json.kind.warm", "classes": ["False", "True"], "templates": ["red {}"]}
+    assert robustness(job(inference, clips / "test"), warm).detail["classes"] == 2
     assert read_label("", [str(clips / "test" / "0.tar")]).spec == "cls"
 
 
 def test_robustness_says_which_names_are_missing(inference: Inference, clips: Path) -> None:
-    with pytest.raises(ConfigError, match="2 names, none of class '2'"):
+    with pytest.raises(ConfigError, match="classes: '0' is none of the 2 there are"):
         robustness(job(inference, clips / "test"), {"classes": ["red", "green"]})
     with pytest.raises(ConfigError, match=r"label = 'json.colour': no sample of .* has one"):
         robustness(job(inference, clips / "test"), {"label": "json.colour"})
