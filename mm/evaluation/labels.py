@@ -16,6 +16,7 @@ from mm.data.remote import is_remote
 from mm.evaluation.files import read_lines
 
 BESIDE = "shards"  # where words are: in files beside these
+PUBLISHED = ("imagenet", "openai", "simple")  # class names and templates that have a name
 NONE = "(none)"  # the class of captions that a pattern is not found in
 MOST = 200  # characters of a class's name or of a pattern
 SEARCHED = 1000  # characters of a caption that a pattern is looked for in
@@ -95,6 +96,10 @@ def words(given: str | Sequence[str], name: str, files: Sequence[str]) -> list[s
     """
     if not isinstance(given, str):
         return list(given)
+    if given in PUBLISHED:
+        from mm.evaluation.vocabulary import read_labels, read_templates
+
+        return read_labels(given, repeats=True) if given == "imagenet" else read_templates(given)
     if given != BESIDE:
         return read_lines(given, "one")
     for folder in dict.fromkeys(Path(file).resolve().parent for file in files if not is_remote(file)):
@@ -106,10 +111,11 @@ def words(given: str | Sequence[str], name: str, files: Sequence[str]) -> list[s
 
 def check_words(name: str, given: Any) -> None:
     """Raises ValueError unless `words` can take it."""
-    if isinstance(given, str) and (given == BESIDE or Path(given).expanduser().is_file()):
+    known = (BESIDE, *(one for one in PUBLISHED if (one == "imagenet") == (name == "classes")))
+    if isinstance(given, str) and (given in known or Path(given).is_file()):
         return
     if isinstance(given, str):
-        raise ValueError(f"{name} = {given!r}: no such file; give {BESIDE!r}, a file of lines, or a list")
+        raise ValueError(f"{name} = {given!r}: no such file; give {', '.join(known)}, a file of lines, or a list")
     if not isinstance(given, (list, tuple)) or not given or not all(isinstance(one, str) and one for one in given):
         raise ValueError(f"{name} = {given!r}: must be a list of texts, at least one")
 

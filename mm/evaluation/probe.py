@@ -10,7 +10,7 @@ Letters: B pictures of a chunk, N pictures, E embedding, D width of the encoder,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from mm.evaluation.labels import Label, ordered
 from mm.evaluation.outcome import Metric, Outcome
 from mm.evaluation.regression import MOST_ITERATIONS, few, linear_probe
 from mm.evaluation.samples import is_train
+from mm.evaluation.stream import Chunk, Stream
 from mm.types import Batch
 
 FEATURES = ("pooled", "tokens")
@@ -191,7 +192,7 @@ def _read(
         progress=title if job.progress else "",
     )
     result, parts, unlabelled = Features(np.zeros((0, 0), np.float32)), list[np.ndarray](), 0
-    for chunk in stream:
+    for chunk in _told(stream, label):
         rows = []
         for row, (captions, members) in enumerate(zip(chunk.captions, chunk.members, strict=True)):
             try:
@@ -207,6 +208,14 @@ def _read(
         raise ConfigError(f"label = {label.spec!r}: no sample of {files[0]} has one; name another")
     result.rows, result.unusable = np.concatenate(parts), len(stream.lost) + unlabelled
     return result
+
+
+def _told(stream: Stream, label: Label) -> Iterator[Chunk]:
+    """The chunks of a stream, which of shards without labels says that this is what they lack."""
+    try:
+        yield from stream
+    except ConfigError as error:
+        raise ConfigError(f"label = {label.spec!r}: {error}; name a label that the shards have") from error
 
 
 def _features(job: Job, images: Tensor, kind: str) -> Tensor:

@@ -161,6 +161,11 @@ def test_clip_benchmarks_shards_are_probed_as_they_are(inference: Inference, cli
     assert run(inference, clips / "test", features="tokens").metrics["acc1"].value > 0.9
 
 
+def test_shards_without_the_label_are_said_to_lack_it(inference: Inference, openmoji_shards: Path) -> None:
+    with pytest.raises(ConfigError, match="label = 'cls': .*no cls beside.*name a label"):
+        run(inference, openmoji_shards / "val-000000.tar", train=str(openmoji_shards / "train-000000.tar"))
+
+
 def test_few_shots_read_only_so_many_pictures_of_each_class(inference: Inference, clips: Path) -> None:
     found = run(inference, clips / "test", shots=3, c=1.0)
     assert found.detail["training_pictures"] == 18 and found.detail["c"] == 1.0
@@ -264,6 +269,7 @@ def test_wrong_settings_of_a_probe_are_refused(setting: dict[str, Any]) -> None:
         ({"severities": [1, 1]}, "each once"),
         ({"limit": -1}, "limit = -1"),
         ({"classes": "nowhere.txt"}, "classes = 'nowhere.txt': no such file"),
+        ({"classes": "openai"}, "classes = 'openai': no such file; give shards, imagenet"),
         ({"templates": []}, "templates = .*at least one"),
         ({"label": "json"}, "label = 'json'"),
     ],
