@@ -13,12 +13,12 @@ from mm.data.captions import Captions, text
 from mm.data.index import LARGEST_TEXT, ShardIndex
 from mm.data.reader import Reader
 from mm.data.remote import is_remote
-from mm.evaluation.files import read_lines
 
 BESIDE = "shards"  # where words are: in files beside these
 PUBLISHED = ("imagenet", "openai", "simple")  # class names and templates that have a name
 NONE = "(none)"  # the class of captions that a pattern is not found in
 MOST = 200  # characters of a class's name or of a pattern
+MOST_BYTES = 64 << 20  # of a list of words
 SEARCHED = 1000  # characters of a caption that a pattern is looked for in
 
 
@@ -53,7 +53,8 @@ class Label:
             (data,) = (members[name] for name in self.members)
             if len(data) > LARGEST_TEXT:
                 raise ValueError(f"{self.members[0]} of {len(data)} bytes is over the limit of {LARGEST_TEXT}")
-            return _short(_field(data, self.fields) if self.fields else text(data))
+            said = _short(_field(data, self.fields) if self.fields else text(data))
+            return str(int(said)) if said.isdecimal() else said  # "07" is 7, as webdataset reads it
         if self.pattern is None:
             return captions[0]
         found = self.pattern.search(captions[0][:SEARCHED])
@@ -101,12 +102,27 @@ def words(given: str | Sequence[str], name: str, files: Sequence[str]) -> list[s
 
         return read_labels(given, repeats=True) if given == "imagenet" else read_templates(given)
     if given != BESIDE:
-        return read_lines(given, "one")
+        return _lines(Path(given))
     for folder in dict.fromkeys(Path(file).resolve().parent for file in files if not is_remote(file)):
         for path in (folder / name, folder.parent / name):
             if path.is_file():
-                return read_lines(str(path), "one")
+                return _lines(path)
     return []
+
+
+def _lines(path: Path) -> list[str]:
+    """The stripped lines of a file, none of them blank: the place of each means something. Raises ValueError."""
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path}: over {MOST_BYTES >> 20} MB; is it a list of words?")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    if "" in lines or not lines:
+        raise ValueError(
+            f"{path}: line {lines.index('') + 1 if lines else 1} is blank; give one name or template a line"
+        )
+    return lines
 
 
 def check_words(name: str, given: Any) -> None:

@@ -129,14 +129,17 @@ def measured(right: np.ndarray, names: Sequence[str], severities: Sequence[int],
     titles = ["acc1", "acc1_corrupted", *(f"acc1_{name}" for name in names)]
     titles += [f"acc1_severity_{severity}" for severity in severities]
     values, draws = columns.mean(0), _resampled(columns, seed)  # [M], [R, M]
-    errors, count = draws.std(0, ddof=1), len(right)
+    count = len(right)
+    errors = draws.std(0, ddof=1) if count > 1 else np.full(len(titles), math.nan)
     metrics = {
         title: Metric(float(value), float(error), count)
         for title, value, error in zip(titles, values, errors, strict=True)
     }
     drops = [1 - row[1] / row[0] for row in draws if row[0] > 0]
     drop = 1 - float(values[1] / values[0]) if values[0] > 0 else math.nan
-    metrics["relative_drop"] = Metric(drop, float(np.std(drops, ddof=1)) if len(drops) > 1 else math.nan, count)
+    metrics["relative_drop"] = Metric(
+        drop, float(np.std(drops, ddof=1)) if count > 1 and len(drops) > 1 else math.nan, count
+    )
     shares = worse.mean(0).tolist()
     table = {"severities": list(severities), "table": dict(zip(names, shares, strict=True))}
     return Outcome(metrics, detail=table)

@@ -221,6 +221,7 @@ def test_labels_that_cannot_be_read_are_one_line(spec: str) -> None:
 
 def test_a_label_is_bounded_text_whatever_a_shard_holds() -> None:
     assert Label("cls")([], {"cls": b" 12\n"}) == "12"
+    assert Label("cls")([], {"cls": b"007"}) == "7"
     assert Label("json.a.b")([], {"json": b'{"a": {"b": 3}}'}) == "3"
     assert Label(r"caption:^(\w+)?")(["-"], {}) == "(none)"
     assert ordered(["10", "9", "b", "a", "9"]) == ["9", "10", "a", "b"]
@@ -316,11 +317,15 @@ def test_robustness_of_shards_with_classes_and_of_captions(
     assert read_label("", [str(clips / "test" / "0.tar")]).spec == "cls"
 
 
-def test_robustness_says_which_names_are_missing(inference: Inference, clips: Path) -> None:
+def test_robustness_says_which_names_are_missing(inference: Inference, clips: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="classes: '0' is none of the 2 there are"):
         robustness(job(inference, clips / "test"), {"classes": ["red", "green"]})
     with pytest.raises(ConfigError, match=r"label = 'json.colour': no sample of .* has one"):
         robustness(job(inference, clips / "test"), {"label": "json.colour"})
+    for data, says in ((b"red\n\nblue\n", "line 2 is blank"), (b"", "line 1 is blank"), (b"\xff", "not UTF-8")):
+        (tmp_path / "names").write_bytes(data)  # a name that is left out would shift all others
+        with pytest.raises(ValueError, match=says):
+            robustness(job(inference, clips / "test"), {"classes": str(tmp_path / "names")})
 
 
 def test_what_robustness_reports_is_of_the_outcomes_and_their_draws() -> None:
@@ -333,6 +338,7 @@ def test_what_robustness_reports_is_of_the_outcomes_and_their_draws() -> None:
     assert found.metrics["acc1_corrupted"].error == pytest.approx(right[:, 1:].mean(1).std() / 20, rel=0.1)
     assert found.metrics["relative_drop"].value == pytest.approx(1 - right[:, 1:].mean())
     assert found.metrics["relative_drop"].error == pytest.approx(found.metrics["acc1_corrupted"].error, rel=1e-6)
+    assert np.isnan(measured(np.ones((1, 5), bool), ["a", "b"], [1, 5]).metrics["acc1"].error)
     assert np.isnan(measured(np.zeros((5, 5), bool), ["a", "b"], [1, 5]).metrics["relative_drop"].value)
 
 
