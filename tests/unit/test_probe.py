@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import tomllib
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -357,3 +359,12 @@ def test_a_classifier_that_is_perfect_on_clean_pictures_loses_with_noise() -> No
     found = measured((guesses == torch.arange(40)[:, None]).numpy(), ["gaussian_noise", "defocus_blur"], [1, 3, 5])
     table = found.detail["table"]["gaussian_noise"]
     assert found.metrics["acc1"].value == 1 and table[0] == 1 and table[-1] < 1
+
+
+@pytest.mark.parametrize("name", ["probe", "robustness"])
+def test_the_shipped_task_says_every_setting_with_its_default(name: str, root: Path) -> None:
+    module = import_module(f"mm.evaluation.{name}")
+    said = tomllib.loads((root / "mm" / "evaluation" / "tasks" / f"{name}.toml").read_text())
+    assert {key: said.pop(key) for key in ("name", "kind", "version")} == {"name": name, "kind": name, "version": 1}
+    assert said.pop("needs", ["contrastive"]) == ["contrastive"]
+    assert said == module.DEFAULTS == module.checked(said)
