@@ -27,8 +27,8 @@ from mm.evaluation.labels import Label, ordered, read_label
 from mm.evaluation.outcome import Outcome
 from mm.evaluation.probe import checked, probe, training_files
 from mm.evaluation.regression import choose, few, linear_probe, part
+from mm.evaluation.robustness import _guesses, _zero_shot, measured, robustness
 from mm.evaluation.robustness import checked as checked_robustness
-from mm.evaluation.robustness import measured, robustness
 from mm.objectives.step import build_step
 from mm.settings import load as load_config
 
@@ -330,6 +330,18 @@ def test_robustness_says_which_names_are_missing(inference: Inference, clips: Pa
             robustness(job(inference, clips / "test"), {"classes": str(tmp_path / "names")})
 
 
+def test_guesses_are_the_nearest_names_and_of_equal_names_the_first(inference: Inference, clips: Path) -> None:
+    names = ["red", "green", "red", "blue"]
+    images = torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    texts = inference.encode("text", [f"a {name}" for name in names])
+    cosines = inference.embed("image", (images,)) @ texts.T
+    found = _zero_shot(job(inference, clips / "test"), names, ["a {}"])(images)
+    margin = cosines[:, [0, 1, 3]].topk(2, dim=1).values.diff(dim=1).abs()[:, 0] > 1e-5
+    assert 2 not in found.tolist() and margin.sum() > 20
+    expected = torch.tensor([0, 1, 3])[cosines[:, [0, 1, 3]].argmax(1)]
+    assert torch.equal(found[margin], expected[margin]) and len(found.unique()) > 1
+
+
 def test_what_robustness_reports_is_of_the_outcomes_and_their_draws() -> None:
     rng = np.random.default_rng(0)
     right = np.concatenate([np.ones((400, 1), bool), rng.random((400, 4)) < [0.9, 0.5, 0.8, 0.2]], axis=1)
@@ -345,7 +357,6 @@ def test_what_robustness_reports_is_of_the_outcomes_and_their_draws() -> None:
 
 
 def test_a_classifier_that_is_perfect_on_clean_pictures_loses_with_noise() -> None:
-    from mm.evaluation.robustness import _guesses
     from mm.evaluation.stream import Chunk
 
     prints = torch.from_numpy(np.random.default_rng(3).integers(116, 141, (40, 3, 16, 16), dtype=np.uint8))
