@@ -44,6 +44,7 @@ class Stream:
 
     `captions`: where captions are ("txt", "json.FIELD", ...), "" where pictures alone are wanted. `members`: extensions
     that a sample must have ("cls"), whose bytes come along. `workers`: decoding processes; 0 decodes in this one.
+    `numbers`: only these samples, counted from 0 over all shards, in this order.
     After an iteration `lost` says what could not be used and why; `len` is the number of indexed samples, at most
     `limit`. Raises ConfigError where the shards hold no sample, and ValueError where all that were read are unusable.
     """
@@ -58,18 +59,20 @@ class Stream:
         chunk: int = CHUNK,
         workers: int = 0,
         limit: int | None = None,
+        numbers: Sequence[int] | None = None,
         progress: str = "",
     ) -> None:
         places = Captions(captions) if captions else None
         index = ShardIndex(list(files), parts=places.parts if places else ())
         self._samples = _Samples(Reader(index, places or Captions("txt"), cache_bytes=0), processor, places, members)
-        self._count = len(index) if limit is None else min(limit, len(index))
+        chosen = range(len(index)) if numbers is None else list(numbers)
+        self._numbers = chosen if limit is None else chosen[:limit]
         self.files, self.chunk, self.workers, self.progress = list(files), chunk, workers, progress
         self.indexed_away = list(index.ledger)  # unusable by the index alone
         self.lost: list[Entry] = []
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._numbers)
 
     def __iter__(self) -> Iterator[Chunk]:
         from torch.utils.data import DataLoader
@@ -79,13 +82,13 @@ class Stream:
         loader = DataLoader(
             self._samples,
             batch_size=self.chunk,
-            sampler=range(self._count),
+            sampler=self._numbers,
             num_workers=self.workers,
             collate_fn=_as_they_are,
             multiprocessing_context="forkserver" if self.workers else None,
         )
         quiet = None if self.progress else True  # None: shown on a terminal only
-        with tqdm(total=self._count, desc=self.progress, unit="sample", disable=quiet, leave=False) as bar:
+        with tqdm(total=len(self), desc=self.progress, unit="sample", disable=quiet, leave=False) as bar:
             for rows in loader:
                 good = [row for row in rows if not isinstance(row, Entry)]
                 self.lost += [row for row in rows if isinstance(row, Entry)]
@@ -96,7 +99,7 @@ class Stream:
                     yield Chunk(keys, shards, self._samples.processor.collate(items)[0], captions, members)
         if not usable:
             first = f"; {self.lost[0].key}: {self.lost[0].reason}" if self.lost else ""
-            raise ConfigError(f"{self.files[0]}: none of {self._count} samples can be used{first}")
+            raise ConfigError(f"{self.files[0]}: none of {len(self)} samples can be used{first}")
 
 
 class _Samples(torch.utils.data.Dataset[Any]):
