@@ -20,7 +20,6 @@ from mm.diffusion.schedule import Schedule
 from mm.evaluation.job import BATCH, Job
 from mm.evaluation.outcome import Metric, Outcome
 from mm.evaluation.samples import evenly
-from mm.fields import suggestion
 from mm.objectives.diffusion import velocity_error
 from mm.types import Encoded, Tokens
 
@@ -31,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
 }
 CHUNK = 256  # pictures whose captions are encoded at once: they take more memory than the pictures
+MOST = 100  # levels: names have three decimals
 NOISE = 13  # stream of random numbers: training and drawing use others
 SIDES = ("", "unconditional_")  # with the caption, and with nothing
 
@@ -75,13 +75,12 @@ def denoising(job: Job, settings: dict[str, Any]) -> Outcome:
 
 def checked(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings. Raises ConfigError for what cannot be meant."""
-    shared = {"steps", "guidance", "solver", "precision"}  # of every task; nothing is drawn here
-    unknown = sorted(set(settings) - set(DEFAULTS) - shared)
-    if unknown:
-        raise ConfigError(f"denoising: no setting {unknown[0]}{suggestion(unknown[0], list(DEFAULTS))}")
-    for name in ("limit", "levels", "quantiles"):
-        if not isinstance(settings[name], int) or settings[name] < 1:
-            raise ConfigError(f"{name} = {settings[name]!r}: must be a whole number, at least 1")
+    for name in DEFAULTS:
+        low = 0 if name == "seed" else 1
+        if type(settings[name]) is not int or settings[name] < low:
+            raise ConfigError(f"{name} = {settings[name]!r}: must be a whole number, at least {low}")
+    if settings["levels"] > MOST:
+        raise ConfigError(f"levels = {settings['levels']}: at most {MOST}, each a name in the results")
     return {name: settings[name] for name in DEFAULTS}
 
 

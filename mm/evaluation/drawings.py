@@ -7,15 +7,18 @@ other split in the drawings' place, and a ceiling, noise in their place. Letters
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mm.config import ConfigError
+from mm.diffusion.sampler import Solver
 from mm.evaluation.extractor import extractor
 from mm.evaluation.fidelity import BLOCK, NEIGHBOURS, compared, diversity, values, vendi
 from mm.evaluation.job import Job
@@ -69,7 +72,10 @@ def fidelity(job: Job, settings: dict[str, Any]) -> Outcome:
         metrics, records, detail = study.of(split)
         prefix = "" if split == "held_out" else f"{split}/"
         outcome.metrics |= {prefix + name: metric for name, metric in metrics.items()}
-        outcome.records += records
+        # a field that is named as a metric is what this drawing adds to it
+        outcome.records += [
+            {prefix + name if name in metrics else name: value for name, value in record.items()} for record in records
+        ]
         outcome.detail[split] = detail
     outcome.detail["left_out"] = study.left_out
     return outcome
@@ -77,21 +83,21 @@ def fidelity(job: Job, settings: dict[str, Any]) -> Outcome:
 
 def checked(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with `captions` as a list. Raises ConfigError for what cannot be meant."""
-    unknown = sorted(set(settings) - set(DEFAULTS) - {"precision"})
-    if unknown:
-        raise ConfigError(f"fidelity: no setting {unknown[0]}{suggestion(unknown[0], list(DEFAULTS))}")
     splits = settings["captions"]
     splits = [splits] if isinstance(splits, str) else list(dict.fromkeys(splits))
-    for split in splits:
+    for split in splits or [""]:
         if split not in SPLITS:
-            raise ConfigError(f"captions = {split!r}{suggestion(str(split), list(SPLITS))}; give {' or '.join(SPLITS)}")
-    least = {"limit": LEAST, "references": LEAST, "repeated": 0, "repeats": 2, "steps": 1}
-    for name, low in least.items():
-        if not isinstance(settings[name], int) or settings[name] < low:
+            raise ConfigError(f"captions = {split!r}{suggestion(str(split), SPLITS)}; give {' or '.join(SPLITS)}")
+    if not isinstance(settings["features"], str) or not settings["features"]:
+        raise ConfigError(f"features = {settings['features']!r}: must be self, pixels16 or a model that can be loaded")
+    for name, low in {"limit": LEAST, "references": LEAST, "repeated": 0, "repeats": 2, "steps": 1, "seed": 0}.items():
+        if type(settings[name]) is not int or settings[name] < low:
             raise ConfigError(f"{name} = {settings[name]!r}: must be a whole number, at least {low}")
-    if not splits:
-        raise ConfigError(f"captions = []: nothing to draw; give {' or '.join(SPLITS)}")
-    return {**settings, "captions": splits}
+    if not isinstance(settings["guidance"], int | float) or not math.isfinite(settings["guidance"]):
+        raise ConfigError(f"guidance = {settings['guidance']!r}: must be a finite number; 1 is no guidance")
+    if settings["solver"] not in get_args(Solver):
+        raise ConfigError(f"solver = {settings['solver']!r}: must be one of {', '.join(get_args(Solver))}")
+    return {**{name: settings[name] for name in DEFAULTS}, "captions": splits}
 
 
 @dataclass
@@ -138,7 +144,8 @@ class _Study:
             {"key": self.job.samples.keys[place], "split": split, "caption": caption, "seed": first + row}
             for row, (place, caption) in enumerate(zip(chosen, words, strict=True))
         ]
-        metrics, detail = compared(drawn.features, self.real[split].features, first)
+        metrics, each, detail = compared(drawn.features, self.real[split].features, first)
+        _tell(records, each)
         detail |= {
             "floor": {},
             "ceiling": values(self.measure.noise(len(drawn), first).features, self.real[split].features),
@@ -176,13 +183,11 @@ class _Study:
         truth = torch.tensor([place[word] for word in words])
         scores = 100 * (embeddings * self.texts[truth]).sum(1).double().clamp_min(0)
         ranks = _ranks(embeddings, self.texts, truth)
+        each = {"clip_score": scores.numpy()}
+        each |= {f"caption_acc{k}": (ranks < k).double().numpy() for k in (1, 5)}
         if records is not None:
-            for record, score, rank in zip(records, scores.tolist(), ranks.tolist(), strict=True):
-                record["clip_score"], record["caption_rank"] = score, rank
-        return {
-            "clip_score": Metric.mean(scores.numpy()),
-            **{f"caption_acc{k}": Metric.mean((ranks < k).double().numpy()) for k in (1, 5)},
-        }
+            _tell(records, {**each, "caption_rank": ranks.numpy()})
+        return {name: Metric.mean(values) for name, values in each.items()}
 
     def _various(self, drawn: Pictures, split: str, words: Sequence[str]) -> tuple[dict[str, Metric], dict[str, Any]]:
         """Diversity among drawings, and among several drawings of a caption; in the detail that of real pictures."""
@@ -214,6 +219,12 @@ def _ranks(queries: Tensor, bank: Tensor, truth: Tensor) -> Tensor:
         own = similarity.gather(1, truth[start : start + BLOCK, None])
         found.append((similarity > own).sum(1) + ((similarity == own).sum(1) - 1).double() / 2)
     return torch.cat(found)
+
+
+def _tell(records: list[dict[str, Any]], each: dict[str, np.ndarray]) -> None:
+    """Writes row i of every column into record i."""
+    for row, record in enumerate(records):
+        record |= {name: float(values[row]) for name, values in each.items()}
 
 
 def _plain(metrics: dict[str, Metric]) -> dict[str, float]:

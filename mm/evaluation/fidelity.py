@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,26 +37,28 @@ def frechet(drawn: Tensor, real: Tensor) -> float:
 def frechet_from(real: Tensor) -> Callable[[Tensor], float]:
     """`frechet` to the same real features, whose covariance is taken once."""
     real = _checked("real", real, 2)
-    mean, root = real.mean(0), _root(real)
+    mean, factor = real.mean(0), _factor(real)
 
     def distance(drawn: Tensor) -> float:
         drawn = _checked("drawn", drawn, 2)
-        ours = _root(drawn)
-        # tr (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2). As eigenvalues of a product they
-        # would be squared, and what rounding leaves of a zero would come out of the square root 10^8 times as large.
-        shared = torch.linalg.svdvals(root @ ours).sum()
-        spread = root.square().sum() + ours.square().sum()
+        ours = _factor(drawn)
+        # With S = A' A, tr (S1 S2)^(1/2) is the sum of the singular values of A1 A2'. As eigenvalues of S1 S2 they'd
+        # be squared, and what rounding leaves of a zero would come out of the square root 10^8 times as large.
+        with _one_thread():
+            shared = torch.linalg.svdvals(factor @ ours.T).sum()
+        spread = factor.square().sum() + ours.square().sum()
         return float((mean - drawn.mean(0)).square().sum() + spread - 2 * shared)
 
     return distance
 
 
-def _root(rows: Tensor) -> Tensor:
-    """The symmetric square root `[D, D]` of the covariance of `[n, D]` rows (divided by n - 1)."""
-    centred = rows - rows.mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred / (len(rows) - 1))
-    values = torch.where(values > values[-1] * len(values) * torch.finfo(values.dtype).eps, values, 0.0)
-    return (vectors * values.sqrt()) @ vectors.T
+def _factor(rows: Tensor) -> Tensor:
+    """A `[r, D]` with as few rows as may be, at most D, whose A' A is the covariance of `[n, D]` rows (over n - 1)."""
+    centred = (rows - rows.mean(0)) / math.sqrt(len(rows) - 1)
+    if len(rows) <= rows.shape[1]:
+        return centred
+    with _one_thread():
+        return torch.linalg.qr(centred, mode="r").R
 
 
 def kid(drawn: Tensor, real: Tensor) -> Metric:
@@ -157,9 +160,12 @@ def nearest(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     of their mean squared difference.
     """
     queries, bank = _checked("queries", queries, 1), _checked("bank", bank, 1)
-    found = [squared.min(1) for _, squared in _squared(queries, bank)]
-    squared = torch.cat([low.values for low in found])
-    return (squared / queries.shape[1]).sqrt().cpu(), torch.cat([low.indices for low in found]).cpu()
+    longest, found = bank.square().sum(1).max(), []
+    for start, squared in _squared(queries, bank):
+        rounding = _SAME * (queries[start : start + len(squared)].square().sum(1) + longest)
+        found.append((squared <= (squared.amin(1) + rounding)[:, None]).int().argmax(1))
+    places = torch.cat(found)
+    return (queries - bank[places]).square().mean(1).sqrt().cpu(), places.cpu()
 
 
 def diversity(rows: Tensor) -> Metric:
@@ -182,13 +188,17 @@ def vendi(rows: Tensor) -> float:
     """
     rows = torch.nn.functional.normalize(_checked("features", rows, 1), dim=1)
     gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows  # both have the same eigenvalues but for 0
-    values = torch.linalg.eigvalsh(gram / len(rows))
+    with _one_thread():
+        values = torch.linalg.eigvalsh(gram / len(rows))
     values = values[values > 0]
     return float((-(values * values.log()).sum()).exp())
 
 
-def compared(drawn: Tensor, real: Tensor, seed: int = 0) -> tuple[dict[str, Metric], dict[str, Any]]:
-    """fid, kid_x1000, precision, recall, density and coverage with their errors, and what they are of.
+def compared(
+    drawn: Tensor, real: Tensor, seed: int = 0
+) -> tuple[dict[str, Metric], dict[str, np.ndarray], dict[str, Any]]:
+    """fid, kid_x1000, precision, recall, density and coverage with their errors; precision and density `[n]` of each
+    drawing; and what they are of.
 
     FID's error is that of resampled drawings, by `seed`; the real pictures stay.
     """
@@ -212,7 +222,9 @@ def compared(drawn: Tensor, real: Tensor, seed: int = 0) -> tuple[dict[str, Metr
             "comparable at equal numbers; KID is not biased"
         )
     kid_x1000 = Metric(1000 * whole.value, 1000 * whole.error, whole.n)
-    return {"fid": fid, "kid_x1000": kid_x1000, **manifolds(drawn, real).metrics()}, detail
+    found = manifolds(drawn, real)
+    each = {"precision": found.precision, "density": found.density}
+    return {"fid": fid, "kid_x1000": kid_x1000, **found.metrics()}, each, detail
 
 
 def values(drawn: Tensor, real: Tensor) -> dict[str, float]:
@@ -229,6 +241,17 @@ def _squared(rows: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
         both = block.square().sum(1, keepdim=True) + lengths
         squared = both - 2 * block @ columns.T
         yield start, torch.where(squared > _SAME * both, squared, 0.0)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For a decomposition: several threads gain little, and on a busy machine wait for each other a hundred times."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _checked(name: str, rows: Tensor, least: int) -> Tensor:

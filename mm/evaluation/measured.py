@@ -56,7 +56,11 @@ class Measure:
     def __call__(self, images: Tensor) -> Pictures:
         """Of uint8 `[n, 3, H, W]` at the model's size."""
         seen = self.job.embed(images) if self.contrastive else None
-        return Pictures(self.extract(images).cpu(), self.shrink(images).cpu(), seen)
+        if seen is not None and self.extract.name == "self":  # these are its features, scaled: not encoded again
+            features = seen * math.sqrt(self.extract.width)
+        else:
+            features = self.extract(images)
+        return Pictures(features.cpu(), self.shrink(images).cpu(), seen)
 
     def real(self, places: Sequence[int]) -> Pictures:
         """Those at some places of the job's samples."""

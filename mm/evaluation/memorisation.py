@@ -46,11 +46,13 @@ def memorisation(
         ours, places = nearest(getattr(drawn, view), getattr(train, view))
         theirs, _ = nearest(getattr(unseen, view), getattr(train, view))
         distances, honest = ours.numpy(), theirs.numpy()
-        metrics[f"{prefix}train_distance_ratio"] = Metric.mean(distances / (honest.mean() or np.nan))
         limits = {f"{prefix}nearer_than_{round(100 * q)}pct": float(np.quantile(honest, q)) for q in QUANTILES}
-        metrics |= {name: Metric.mean(distances <= limit) for name, limit in limits.items()}
-        for record, distance, place in zip(records, distances.tolist(), places.tolist(), strict=True):
-            record[f"{prefix}train_key"], record[f"{prefix}train_distance"] = train_keys[place], distance
+        each = {f"{prefix}train_distance_ratio": distances / (honest.mean() or np.nan)}
+        each |= {name: (distances <= limit).astype(np.float64) for name, limit in limits.items()}
+        metrics |= {name: Metric.mean(values) for name, values in each.items()}
+        for row, (record, place) in enumerate(zip(records, places.tolist(), strict=True)):
+            record |= {f"{prefix}train_key": train_keys[place], f"{prefix}train_distance": float(distances[row])}
+            record |= {name: float(values[row]) for name, values in each.items()}
         order = np.argsort(distances, kind="stable")[:NAMED].tolist()
         names = ("key", "caption", "seed", f"{prefix}train_key", f"{prefix}train_distance")
         detail[view] = {
