@@ -22,10 +22,12 @@ from mm.diffusion.noise import normal
 from mm.diffusion.schedule import Schedule
 from mm.evaluation import denoising as module
 from mm.evaluation.denoising import denoising, training_levels
-from mm.evaluation.drawings import checked, fidelity
+from mm.evaluation.drawings import _ranks, checked, fidelity
 from mm.evaluation.extractor import extractor, weights_hash
 from mm.evaluation.inference import Inference
 from mm.evaluation.job import Job
+from mm.evaluation.measured import Measure, Pictures
+from mm.evaluation.memorisation import memorisation
 from mm.evaluation.outcome import Outcome
 from mm.evaluation.samples import around
 from mm.models.export import load_export, save_export
@@ -140,6 +142,66 @@ def test_pictures_as_far_from_training_as_real_ones_are_not(job: Job, monkeypatc
     assert found.metrics["pixels_train_distance_ratio"].value == pytest.approx(1 - share)
 
 
+def test_each_drawing_has_a_seed_of_its_own_that_its_record_tells(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def generate(prompts: list[str], *, seeds: list[int], **settings: Any) -> Tensor:
+        asked.extend(zip(prompts, seeds, strict=True))
+        assert (settings["steps"], settings["guidance"], settings["solver"]) == (1, 1.5, "heun")
+        return job.samples.images[job.held_out[: len(prompts)]]
+
+    monkeypatch.setattr(job.inference, "generate", generate)
+    found = fidelity(job, QUICK | {"seed": 40, "guidance": 1.5, "solver": "heun"})
+    first = [(record["caption"], record["seed"]) for record in found.records]
+    assert asked[:8] == first and [seed for _, seed in asked] == list(range(40, 52))
+    assert [caption for caption, _ in asked[8:]] == [first[0][0]] * 2 + [first[7][0]] * 2, "two captions, twice more"
+
+
+def test_captions_are_scored_by_the_models_own_encoders(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = list(dict.fromkeys(job.captions(job.candidates)))
+    codes = job.pictures([job.samples.captions.index(name) for name in names])
+    codes = codes + 0.02 * torch.randn(codes.shape, generator=torch.Generator().manual_seed(0))
+    codes = torch.nn.functional.normalize(codes, dim=1)  # captions that fit their pictures about, and others nearly
+    monkeypatch.setattr(job, "texts", lambda captions: codes[[names.index(caption) for caption in captions]])
+    own = {job.samples.captions[place]: place for place in job.held_out}
+    draws(monkeypatch, job, lambda prompts: [own[prompt] for prompt in prompts])
+    found = fidelity(job, QUICK | {"limit": 1000})
+    cosines = (job.pictures(job.held_out) @ codes.T).double()
+    for record, row in zip(found.records, cosines, strict=True):
+        truth = row[names.index(record["caption"])]
+        assert record["clip_score"] == pytest.approx(100 * max(truth.item(), 0), abs=1e-4)
+        rank = float((row > truth).sum() + ((row == truth).sum() - 1) / 2)
+        assert record["caption_rank"] == rank
+        assert (record["caption_acc1"], record["caption_acc5"]) == (float(rank < 1), float(rank < 5))
+    ranks = {record["caption_rank"] for record in found.records}
+    assert ranks >= {0, 1}, "the case tells nothing apart"
+    assert found.detail["held_out"]["captions"] == len(names)
+
+
+def test_a_caption_in_fifth_place_is_among_the_first_five_and_not_in_sixth() -> None:
+    bank = torch.eye(8)
+    queries = torch.tensor([[1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0, 0]]).repeat(3, 1)
+    assert _ranks(queries, bank, torch.tensor([0, 4, 5])).tolist() == [0, 4, 5]
+    assert _ranks(queries, bank, torch.tensor([6, 7, 7])).tolist() == [6.5] * 3, "a tie counts half"
+
+
+def test_a_drawing_as_near_as_the_nearest_real_pictures_counts() -> None:
+    def at(*places: float) -> Pictures:
+        rows = torch.tensor(places)[:, None]
+        return Pictures(rows, rows, None)
+
+    records: list[dict[str, Any]] = [{"key": str(n), "caption": "", "seed": n} for n in range(3)]
+    train, unseen = at(0.0, 10.0), at(1.0, 9.0, 10.0, 1.0)  # the third is a training picture
+    metrics, detail = memorisation(at(1.0, 12.0, 0.5), unseen, train, ["a", "b"], records, pixels_too=False)
+    assert metrics["nearer_than_1pct"].value == metrics["nearer_than_5pct"].value == pytest.approx(2 / 3)
+    assert metrics["train_distance_ratio"].value == pytest.approx(3.5 / 3)
+    assert [record["train_key"] for record in records] == ["a", "b", "a"]
+    assert (detail["unseen"], detail["equal_to_train"]) == (3, 1)
+    assert [one["key"] for one in detail["features"]["closest"]] == ["2", "0", "1"]
+    nothing, detail = memorisation(at(1.0), at(0.0, 10.0), train, ["a", "b"], records[:1], pixels_too=False)
+    assert nothing == {} and detail["unseen"] == 0
+
+
 def test_what_a_model_or_the_shards_cannot_give_is_left_out_and_named(job: Job) -> None:
     blind = without(job, contrastive=None)
     with pytest.raises(ConfigError, match=r"features = self: objectives\.contrastive = None"):
@@ -173,6 +235,7 @@ def test_another_model_may_be_what_pictures_are_compared_by(job: Job, step: Trai
     assert same.sha256 == own.sha256 and same.width == own.width == 32
     torch.testing.assert_close(same(images), own(images), atol=1e-5, rtol=0)
     torch.testing.assert_close(own(images).square().mean(1), torch.ones(5))
+    assert torch.equal(Measure(job, own)(images).features, own(images))
     asked: list[str] = []
 
     def read(source: str) -> Any:
@@ -237,7 +300,7 @@ def test_the_loss_is_that_of_the_objective_at_each_level(
     job: Job, step: TrainStep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The objective itself, given this task's noise and level instead of its own draws, one picture at a time."""
-    found = outcome_by_key(denoising(job, {"limit": 2, "levels": 4, "quantiles": 2}))
+    found = outcome_by_key(denoising(job, {"limit": 2, "levels": 4, "quantiles": 1}))
     config = job.inference.config.objectives.diffusion
     assert config is not None
     for place in (place for place in job.held_out if job.samples.keys[place] in found):
@@ -245,9 +308,10 @@ def test_the_loss_is_that_of_the_objective_at_each_level(
         columns = job.inference.prepare("text", job.captions([place]))
         seed = torch.tensor([sample_seed(0, 0, job.samples.keys[place])])
         batch = Batch({"image": job.samples.images[[place]], "text": columns[0]}, {"text": columns[1]}, seed)
+        median = 1 / (1 + math.exp(-config.sigma_mean))  # the one level of a single quantile
         for side, drop in (("", 0.0), ("unconditional_", 1.0)):
             objective = Diffusion(dataclasses.replace(config, copies=1, share=1.0, drop_text=drop, drop_image=1.0))
-            for name, sigma in (("loss@0.125", 0.125), ("loss@0.875", 0.875)):
+            for name, sigma in (("loss@0.125", 0.125), ("loss@0.875", 0.875), ("loss", median)):
                 monkeypatch.setattr("mm.objectives.diffusion.NOISE", module.NOISE)
                 monkeypatch.setattr(
                     Schedule, "training_sigma", lambda self, draws, at=sigma: torch.full_like(draws, at)
