@@ -36,12 +36,12 @@ SIDES = ("", "unconditional_")  # with the caption, and with nothing
 
 
 def denoising(job: Job, settings: dict[str, Any]) -> Outcome:
-    """`loss`, `loss@SIGMA` and `unconditional_` the same: mean squared error of the velocity, and `caption_gain`.
+    """`loss`, `loss@SIGMA`, `unconditional_loss`: mean squared errors of the velocity, and `caption_gain`.
 
     `loss@0.031` is at that level (1 is pure noise); `loss` is the mean over the levels that training draws, at evenly
     spaced quantiles, with the caption always shown and no image: the training loss hides captions and shows images at
     times, and is not the same number. `caption_gain` is what the caption takes off it. Errors are those of means over
-    pictures. `detail` has the curve; records have a picture's own losses. Picture i comes out the same whatever else
+    pictures. `detail` has both curves; records have a picture's own losses. Picture i comes out the same whatever else
     is measured. Raises ConfigError where a setting cannot be used or the model has no denoiser.
     """
     settings = checked({**DEFAULTS, **settings})
@@ -58,14 +58,16 @@ def denoising(job: Job, settings: dict[str, Any]) -> Outcome:
     columns = {side + "loss": training[row] for row, side in enumerate(SIDES)}
     columns |= {"caption_gain": training[1] - training[0]}
     columns |= {side + name: curve[row, :, at] for row, side in enumerate(SIDES) for at, name in enumerate(names)}
-    metrics = {name: Metric.mean(values) for name, values in columns.items()}
+    whole = {name: Metric.mean(values) for name, values in columns.items()}
+    # the curve without captions is in the detail only: results are read line by line
+    metrics = {name: metric for name, metric in whole.items() if not name.startswith(SIDES[1] + "loss@")}
     records = [
         {"key": job.samples.keys[place]} | {name: float(values[row]) for name, values in columns.items()}
         for row, place in enumerate(places)
     ]
     detail: dict[str, Any] = {"settings": settings, "pictures": len(places), "sigma": even.tolist()}
     for side in SIDES:
-        found = [metrics[side + name] for name in names]
+        found = [whole[side + name] for name in names]
         detail[side + "curve"] = [metric.value for metric in found]
         detail[side + "errors"] = [metric.error for metric in found]
     detail["training_sigma"] = trained.tolist()
