@@ -154,6 +154,8 @@ class _Study:
             if other != split and len(pictures) >= LEAST:
                 stand_ins = pictures[evenly(list(range(len(pictures))), len(drawn))]
                 detail["floor"] = values(stand_ins.features, self.real[split].features)
+        if not detail["floor"]:
+            self.left_out["floor"] = "no other split with enough pictures"
         if self.measure.contrastive:
             assert drawn.embeddings is not None
             metrics |= self._by_caption(drawn.embeddings, words, records)
