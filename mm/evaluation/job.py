@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ class Job:
     reference: list[str]
     settings: dict[str, Any] = field(default_factory=dict)  # limit, steps, guidance, solver, seed, precision
     progress: bool = False
+    load: Callable[[str], Any] | None = None  # reads another model, as `mm.models.export.load_export` returns it
 
     @cached_property
     def samples(self) -> SampleSet:

@@ -53,9 +53,7 @@ class Diffusion(Objective):
         if self.tap is not None:
             raw, tapped = raw
             encoded[DENOISER] = Encoded(Tokens(tapped), tapped.mean(1))
-        # both velocities start from the same z, so their difference is that of the two x over sigma
-        error = self.schedule.velocity(x, raw.float(), sigma)
-        value = error.square().mean()
+        value = velocity_error(self.schedule, x, raw, sigma).square().mean()
         return Loss(value, {"loss/diffusion": value.detach()})
 
     def _switched(self, encoded: dict[str, Encoded], places: Tensor | None) -> dict[str, Encoded]:
@@ -68,6 +66,15 @@ class Diffusion(Objective):
                 tokens = tokens._replace(x=scale_gradient(pick(tokens.x, places), scale), mask=mask)
                 found[name] = Encoded(tokens, scale_gradient(pick(pooled, places), scale))
         return found
+
+
+def velocity_error(schedule: Schedule, x: Tensor, raw: Tensor, sigma: Tensor) -> Tensor:
+    """What the predicted velocity is off by, `[B, C, H, W]` float32; the loss is its mean square.
+
+    `raw` is what the denoiser gave for x at levels sigma `[B]`. Both velocities start from the same z, so their
+    difference is that of the two x over sigma.
+    """
+    return schedule.velocity(x, raw.float(), sigma)
 
 
 def pick(rows: Tensor, places: Tensor | None) -> Tensor:
