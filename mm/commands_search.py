@@ -144,8 +144,9 @@ def _check(args: Any, words: list[str]) -> None:
 
 
 def _is_picture(query: str) -> bool:
+    """A file by its ending, or named with a folder: the word `heart` is a word, whatever lies beside it."""
     try:
-        return Path(query).is_file()
+        return (Path(query).suffix.lower() in PICTURES or os.sep in query) and Path(query).is_file()
     except (OSError, ValueError):  # words too long for a file's name, or with a zero byte
         return False
 
