@@ -71,7 +71,7 @@ def index(argv: Sequence[str]) -> int:
     about = built.about
     words = f"{args.out}: {about.count:,} pictures of {len(about.shards)} shard(s), {about.dim} numbers each"
     if not built.encoded:
-        print(f"{words}; nothing changed")
+        print(f"{words}; {'lists made' if built.listed else 'nothing changed'}")
         return 0
     kept = f", {built.kept:,} were there" if built.kept else ""
     lost = f"; {about.unusable:,} unusable, in {args.out}/ledger.jsonl" if about.unusable else ""

@@ -121,9 +121,8 @@ def _metrics_table(row: Row) -> str:
     body = table([f"{row.get('name', row.get('task'))} on {row.get('dataset')}", "value", "error", "n"], rows)
     if len(rows) <= FEW:
         return body
-    return (
-        f'<details class="many"><summary>{escape(str(row.get("name")))}: {len(rows)} numbers</summary>{body}</details>'
-    )
+    words = escape(f"{row.get('name', row.get('task'))} on {row.get('dataset')}: {len(rows)} numbers")
+    return f'<details class="many"><summary>{words}</summary>{body}</details>'
 
 
 def confusions(found: Sequence[Found]) -> Section:

@@ -36,6 +36,7 @@ class Built:
     about: About
     encoded: int
     kept: int
+    listed: bool = False  # nothing but lists was made
 
 
 def build_index(
@@ -69,10 +70,11 @@ def build_index(
         if old.about.source != source:
             old.about.source, old.about.name = source, _name(source)
             write_about(out, old.about)
-        if approximate and not old.about.lists:
+        listed = approximate and not old.about.lists
+        if listed:
             old.about.lists = _write_lists(out, old.about, progress)
             write_about(out, old.about)
-        return Built(old.about, 0, len(old))
+        return Built(old.about, 0, len(old), listed)
     plan["shards"] = [list(_stamp(shard)) for shard in shards]  # as JSON gives it back
     before = {} if old is None else _ledger(out)
     reuse = {} if old is None or limit is not None else _places(old.about)
