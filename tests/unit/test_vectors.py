@@ -114,6 +114,21 @@ def test_exact_search_is_every_row_sorted(rows: int, dim: int, k: int, kind: str
     assert np.array_equal(alone[0][0], found[5]) and np.array_equal(alone[1][0], scores[5])
 
 
+def test_ties_that_the_library_leaves_out_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = np.ones((300, 4), np.float32) / 2
+    matrix[:5] = [1, 0, 0, 0]
+    asked: list[int] = []
+
+    def last_first(queries: np.ndarray, rows: np.ndarray, k: int) -> Any:  # as right as any other order of equal ones
+        asked.append(k)
+        scores = queries @ rows.T
+        best = np.argsort(-scores[:, ::-1], axis=1, kind="stable")[:, :k]
+        return len(rows) - 1 - best, np.take_along_axis(scores[:, ::-1], best, 1)
+
+    monkeypatch.setattr(nearest, "_candidates", last_first)
+    assert exact(matrix[5:6], matrix, 3)[0].tolist() == [[5, 6, 7]] and asked == [19, 76, 300]
+
+
 def test_lists_looked_at_in_full_find_the_same_and_some_of_them_most_of_it() -> None:
     rng = np.random.default_rng(5)
     centres = rng.standard_normal((40, 24))
