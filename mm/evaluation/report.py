@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import datetime
 import json
 import os
@@ -10,16 +9,13 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from statistics import mean, stdev
-from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mm.evaluation.charts import line_chart
 from mm.evaluation.gallery import Drawing, Gallery, Guess
-from mm.evaluation.images import png_bytes, write_whole
+from mm.evaluation.images import write_whole
+from mm.evaluation.report_page import Section, card, card_grid, image, page
 from mm.evaluation.run import Share, headlines
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 ATTRIBUTION = (
     "Pictures: all emojis designed by OpenMoji, the open-source emoji and icon project. "
@@ -60,22 +56,23 @@ def write_report(
     folder = Path(run_dir)
     runs = [folder] if (folder / "metrics.jsonl").is_file() else sorted(folder.glob("seed-*"))
     gallery = gallery or Gallery()
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    page = Template(template).substitute(
-        title=escape(title),
+    times = _table("How long it took", [(name, duration(seconds)) for name, seconds in timings.items()])
+    beside = _table("The machine", list((machine or {}).items()))
+    text = page(
+        title,
         lead=_lead(results[0]),
-        meta=_meta(results),
-        cards=_cards(results),
-        drawings=_drawings(gallery.drawings),
-        examples=_examples(gallery.guesses),
-        curves=_curves([read_metrics(run / "metrics.jsonl") for run in runs]),
-        numbers=_numbers(results),
-        times=_table("How long it took", [(name, duration(seconds)) for name, seconds in timings.items()]),
-        machine=_table("The machine", list((machine or {}).items())),
-        config=_config(runs),
-        attribution=escape(ATTRIBUTION),
+        meta=meta(results),
+        cards=card_grid(cards(results)),
+        sections=[
+            *drawn(gallery.drawings),
+            named(gallery.guesses),
+            curves([read_metrics(run / "metrics.jsonl") for run in runs]),
+            Section("All numbers", headline_table(results)),
+        ],
+        more=f'<div class="two">{times}{beside}</div>{config_of(runs)}',
+        foot=ATTRIBUTION,
     )
-    write_whole(path, page.encode())
+    write_whole(path, text.encode())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -102,17 +99,17 @@ def _lead(result: dict[str, Any]) -> str:
     )
 
 
-def _meta(results: Sequence[dict[str, Any]]) -> str:
+def meta(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Date, seeds, steps, version and commit of some results."""
     first = results[0]
     seeds = ", ".join(str(result["seed"]) for result in results)
-    facts = [
+    return [
         f"{datetime.date.today():%d %B %Y}".lstrip("0"),
         f"{'seeds' if len(results) > 1 else 'seed'} {seeds}",
         f"steps {', '.join(str(result['step']) for result in results)}",
         f"torch {first['versions']['torch']}",
         f"commit {first['commit']}" if first.get("commit") else "",
     ]
-    return "".join(f"<span>{escape(fact)}</span>" for fact in facts if fact)
 
 
 def spread(shares: Sequence[Share]) -> tuple[float, str]:
@@ -124,45 +121,43 @@ def spread(shares: Sequence[Share]) -> tuple[float, str]:
     return mean(values), f"{around} ({min(values):.1f} to {max(values):.1f}), n = {shares[0].n}"
 
 
-def _cards(results: Sequence[dict[str, Any]]) -> str:
+def cards(results: Sequence[dict[str, Any]]) -> list[str]:
+    """The headlines of results of one kind, one a seed."""
+    if not results:
+        return []
     heads, found = [headlines(result) for result in results], []
     for title, (what, how) in CARDS.items():
         shares = [head[title] for head in heads if title in head]
         if shares:
             value, around = spread(shares)
-            found.append(
-                f'<div class="card"><div class="value">{value:.1f}<small> %</small></div>'
-                f'<div class="what">{escape(what)}</div><div class="how">{escape(how)}<br>{escape(around)}</div></div>'
-            )
-    return f'<div class="cards">{"".join(found)}</div>' if found else ""
+            found.append(card(f"{value:.1f}", "%", what, how, around))
+    return found
 
 
-def _image(picture: Image.Image, alt: str, kind: str = "") -> str:
-    data = base64.b64encode(png_bytes(picture)).decode()
-    return f'<img class="{kind}" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+def drawn(drawings: Sequence[Drawing]) -> list[Section]:
+    """What was drawn from captions, those that were held out first."""
+    return [
+        Section(heading, drawing_cells([drawing for drawing in drawings if drawing.held_out is held_out]), note)
+        for held_out, heading, note in (
+            (True, "Drawn from captions it never saw", "Large: drawn by the model. Small: the emoji of that name."),
+            (False, "Drawn from captions of the training set", "The same, for names that were trained on."),
+        )
+    ]
 
 
-def _drawings(drawings: Sequence[Drawing]) -> str:
-    found = []
-    for held_out, heading, note in (
-        (True, "Drawn from captions it never saw", "Large: drawn by the model. Small: the emoji of that name."),
-        (False, "Drawn from captions of the training set", "The same, for names that were trained on."),
-    ):
-        cells = [drawing for drawing in drawings if drawing.held_out is held_out]
-        if cells:
-            body = "".join(
-                f'<figure class="drawing"><div class="pair">{_image(cell.picture, "drawn: " + cell.prompt, "drawn")}'
-                + (_image(cell.reference, "reference: " + cell.prompt, "reference") if cell.reference else "")
-                + f"</div><figcaption>{escape(cell.prompt)}</figcaption></figure>"
-                for cell in cells
-            )
-            found.append(f'<h2>{heading}</h2><p class="note">{note}</p><div class="drawings">{body}</div>')
-    return "".join(found)
+def drawing_cells(drawings: Sequence[Drawing]) -> str:
+    """Each drawing with what it should be beside it."""
+    body = "".join(
+        f'<figure class="drawing"><div class="pair">{image(cell.picture, "drawn: " + cell.prompt, "drawn")}'
+        + (image(cell.reference, "reference: " + cell.prompt, "reference") if cell.reference else "")
+        + f"</div><figcaption>{escape(cell.prompt)}</figcaption></figure>"
+        for cell in drawings
+    )
+    return f'<div class="drawings">{body}</div>' if body else ""
 
 
-def _examples(guesses: Sequence[Guess]) -> str:
-    if not guesses:
-        return ""
+def named(guesses: Sequence[Guess]) -> Section:
+    """Held-out pictures with the names they were given."""
     found = []
     for guess in guesses:
         right = guess.truth in guess.names
@@ -172,27 +167,28 @@ def _examples(guesses: Sequence[Guess]) -> str:
         )
         miss = "" if right else ' <span class="miss" title="not among the five">✗</span>'
         found.append(
-            f'<div class="example">{_image(guess.picture, guess.truth)}'
+            f'<div class="example">{image(guess.picture, guess.truth)}'
             f'<div><div class="truth">{escape(guess.truth)}{miss}</div><ol>{names}</ol></div></div>'
         )
     note = "Each with its true name, and the five likeliest of all names. Evenly chosen, not picked."
-    return f'<h2>Naming held-out pictures</h2><p class="note">{note}</p><div class="examples">{"".join(found)}</div>'
+    body = f'<div class="examples">{"".join(found)}</div>' if found else ""
+    return Section("Naming held-out pictures", body, note)
 
 
-def _curves(runs: Sequence[list[dict[str, Any]]]) -> str:
+def curves(runs: Sequence[list[dict[str, Any]]]) -> Section:
+    """What `metrics.jsonl` of some runs logged, over their steps."""
     found = []
     for name, title in CURVES.items():
         series = [[(line["step"], line[name]) for line in lines if name in line] for lines in runs]
         chart = line_chart(series, title=title)
         if chart:
             found.append(f'<figure class="card" style="margin:0"><h3>{escape(title)}</h3>{chart}</figure>')
-    if not found:
-        return ""
     note = "Over the steps; one line a seed." if len(runs) > 1 else "Over the steps; faint: each logged step."
-    return f'<h2>Training</h2><p class="note">{note}</p><div class="charts">{"".join(found)}</div>'
+    return Section("Training", f'<div class="charts">{"".join(found)}</div>' if found else "", note)
 
 
-def _numbers(results: Sequence[dict[str, Any]]) -> str:
+def headline_table(results: Sequence[dict[str, Any]]) -> str:
+    """The headlines of each seed, their mean and spread, and recalls."""
     heads = [headlines(result) for result in results]
     names = list(dict.fromkeys(name for head in heads for name in head))
     top = "".join(f"<th>seed {result['seed']}</th>" for result in results) if len(results) > 1 else ""
@@ -210,7 +206,7 @@ def _numbers(results: Sequence[dict[str, Any]]) -> str:
         words = f"recall {name.replace('_', ' ')}, held-out pairs"
         rows.append(f"<tr><td>{words}</td><td>{value:.1f} %</td>{blank}<td>n = {recalls['pairs']}</td></tr>")
     head = f"<tr><th></th><th>mean</th>{top}<th>spread</th></tr>"
-    return f'<h2>All numbers</h2><div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+    return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>' if rows else ""
 
 
 def _table(title: str, rows: Sequence[tuple[str, str]]) -> str:
@@ -220,7 +216,7 @@ def _table(title: str, rows: Sequence[tuple[str, str]]) -> str:
     return f"<div><h2>{title}</h2><table>{body}</table></div>"
 
 
-def _config(runs: Sequence[Path]) -> str:
+def config_of(runs: Sequence[Path]) -> str:
     path = runs[0] / "config.json" if runs else None
     if path is None or not path.is_file():
         return ""
