@@ -5,10 +5,9 @@ Letters: B pictures, E embedding, C H W picture or latents, L text tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from mm.diffusion.guidance import EVERYWHERE, guided, within
 from mm.diffusion.noise import normal
 from mm.diffusion.sampler import SOLVERS, Predict, Solver, sample
 from mm.diffusion.schedule import Schedule
+from mm.evaluation import given
 from mm.evaluation.redraw import Redraw
 from mm.fields import suggestion
 from mm.types import Encoded, Tokens
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 NOISE = 0  # stream of a picture's first noise; training uses others
 MOST_STEPS = 10_000
+MOST_GUIDANCE = 1_000  # either way: far above what draws anything, and float32 never overflows
 
 Preview = Callable[[], "list[Image.Image | None]"]
 Callback = Callable[[int, int, Preview], None]  # steps done of the whole call, steps in all, the pictures as they are
@@ -45,29 +46,23 @@ class Settings:
     strength: float = 0.7  # noise level at which a picture that begins at another one starts
 
     def __post_init__(self) -> None:
-        if not _whole(self.steps) or not 1 <= self.steps <= MOST_STEPS:
+        if not given.whole(self.steps) or not 1 <= self.steps <= MOST_STEPS:
             raise ValueError(f"steps = {self.steps}: must be at least 1 and at most {MOST_STEPS:,}, a whole number")
-        if not _real(self.guidance):
-            raise ValueError(f"guidance = {self.guidance}: must be a finite number; 1 is no guidance")
+        if not given.real(self.guidance) or abs(self.guidance) > MOST_GUIDANCE:
+            raise ValueError(f"guidance = {self.guidance}: must be a number up to {MOST_GUIDANCE:,}; 1 is no guidance")
         if self.solver not in SOLVERS:
             near = suggestion(str(self.solver), SOLVERS)
             raise ValueError(f"solver = {self.solver!r}: must be {', '.join(map(repr, SOLVERS))}{near}")
-        if not _real(self.strength) or not 0 < self.strength <= 1:
+        if not given.real(self.strength) or not 0 < self.strength <= 1:
             raise ValueError(f"strength = {self.strength}: must be above 0 and at most 1, which forgets the start")
         pair = self.interval
-        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(_real, pair)):
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(given.real, pair)):
             raise ValueError(f"interval = {pair!r}: must be two noise levels, such as (0.2, 0.9)")
         if not 0 <= pair[0] < pair[1] <= 1:
             raise ValueError(f"interval = {tuple(pair)}: must be 0 <= low < high <= 1; (0, 1) guides everywhere")
-        object.__setattr__(self, "interval", (float(pair[0]), float(pair[1])))
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        plain = {"steps": int(self.steps), "guidance": float(self.guidance), "strength": float(self.strength)}
+        for name, value in (plain | {"interval": (float(pair[0]), float(pair[1]))}).items():
+            object.__setattr__(self, name, value)
 
 
 def draw(
@@ -95,34 +90,32 @@ def draw(
     where the model was trained without diffusion.
     """
     schedule = _schedule(inference)
-    if isinstance(prompts, str):
-        raise ValueError(f"prompts = {prompts!r}: must be a list; write [{prompts!r}]")
+    prompts = given.texts("prompts", prompts)
     count = len(prompts)
-    numbers = check_seeds(range(count) if seeds is None else seeds)
-    negatives = [negative] * count if negative is None or isinstance(negative, str) else list(negative)
-    lists = {"seeds": numbers, "images": images, "negative": negatives, "start": start, "masks": masks}
-    for name, given in lists.items():
-        if given is not None and len(given) != count:
-            raise ValueError(f"{name}: {len(given)} given for {count} prompts; give one for each")
+    numbers = given.seeds(seeds, count)
+    negatives = given.negatives(negative, count)
+    like = None if images is None else given.pictures("images", images, count)
+    starts, holes = given.pictures("start", start, count), given.pictures("masks", masks, count)
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback: must be a function, not {type(callback).__name__}; or None")
     if autoguide is not None:
         _check_weaker(inference, autoguide, schedule, any(negatives))
     side = inference.config.model.image.size
-    redraw = Redraw(inference.model.latents, side, start or [None] * count, masks or [None] * count)
+    redraw = Redraw(inference.model.latents, side, starts, holes)
     if not count:
         return torch.zeros((0, 3, side, side), dtype=torch.uint8)
-    columns = {"number": torch.tensor(numbers, dtype=torch.int64), **_conditions(inference, prompts, images)}
+    columns = {"number": torch.tensor(numbers, dtype=torch.int64), **_conditions(inference, prompts, like)}
     if any(negatives):
         found = _conditions(inference, negatives, None)
         columns |= {f"negative {name}": column for name, column in found.items()}
     if autoguide is not None:
-        found = _conditions(autoguide, prompts, images)
+        found = _conditions(autoguide, prompts, like)
         columns |= {f"weaker {name}": column for name, column in found.items()}
-    job = _Job(inference, autoguide, settings, schedule, count, callback, progress)
-    size = micro_batch or inference.size("draw")
+    job = _Job(inference, autoguide, settings, schedule, redraw, micro_batch, callback, progress)
     with job.bar:
         for rows, more in redraw.groups():  # those that begin alike; a micro-batch is filled with its own kind
-            job.draw(rows, {name: column[rows] for name, column in columns.items()} | more, size)
-    return redraw.kept(torch.stack([picture for picture in job.pictures if picture is not None]))
+            job.draw(rows, {name: column[rows] for name, column in columns.items()} | more)
+    return torch.stack([picture for picture in job.pictures if picture is not None])
 
 
 class _Job:
@@ -134,32 +127,34 @@ class _Job:
         autoguide: Inference | None,
         settings: Settings,
         schedule: Schedule,
-        count: int,
+        redraw: Redraw,
+        micro_batch: int | None,
         callback: Callback | None,
         progress: bool,
     ) -> None:
         from tqdm import tqdm
 
         self.inference, self.autoguide, self.settings, self.schedule = inference, autoguide, settings, schedule
-        self.pictures: list[Tensor | None] = [None] * count  # uint8 [3, H, W]
-        self.callback, self._done, self._all = callback, 0, 0
+        self.redraw, self.size = redraw, micro_batch or inference.size("draw")
+        self.pictures: list[Tensor | None] = [None] * len(redraw)  # uint8 [3, H, W]
+        parts = sum(-(-len(rows) // self.size) for _, rows in redraw.kinds())
+        self.callback, self._done, self._all = callback, 0, settings.steps * parts
         self._now: tuple[list[int], Tensor] | None = None  # rows in the making, and what is predicted of them
-        total = count * settings.steps
+        total = len(redraw) * settings.steps
         self.bar = tqdm(total=total, desc="drawing", unit="step", disable=None if progress else True, leave=False)
 
-    def draw(self, rows: list[int], columns: dict[str, Tensor], size: int) -> None:
+    def draw(self, rows: list[int], columns: dict[str, Tensor]) -> None:
         names, left = list(columns), list(rows)
-        self._all = self._done + self.settings.steps * -(-len(rows) // size)
 
         def part(*values: Tensor) -> Items:
-            now = [left.pop(0) for _ in range(min(size, len(left)))]
+            now = [left.pop(0) for _ in range(min(self.size, len(left)))]
             pixels = self._sampled(dict(zip(names, values, strict=True)), now)
             for row, picture in zip(now, pixels, strict=False):
-                self.pictures[row] = picture.cpu()
+                self.pictures[row] = self.redraw.kept(row, picture.cpu())
             return (pixels[:, 0, 0, 0],)
 
         device = self.inference.model.device
-        self.inference.run(part, tuple(column.to(device) for column in columns.values()), size)
+        self.inference.run(part, tuple(column.to(device) for column in columns.values()), self.size)
 
     def _sampled(self, columns: dict[str, Tensor], rows: list[int]) -> Tensor:
         latents, settings = self.inference.model.latents, self.settings
@@ -194,7 +189,7 @@ class _Job:
         if self._now is not None:
             rows, x = self._now
             for row, picture in zip(rows, self.inference.model.latents.decode(x).cpu(), strict=False):
-                found[row] = picture
+                found[row] = self.redraw.kept(row, picture)
         return [None if picture is None else render(picture[None])[0] for picture in found]
 
     def _predict(self, columns: dict[str, Tensor]) -> Predict:
@@ -274,17 +269,6 @@ def _conditions(
         shown[there] = 1.0
     told = torch.tensor([float(bool(words)) for words in texts])
     return {"tokens": tokens, "mask": mask, "text": text, "image": image, "told": told, "shown": shown}
-
-
-def check_seeds(seeds: Sequence[int]) -> list[int]:
-    """The seeds as ints. Raises ValueError for one that is none, or has over 63 bits."""
-    for place, seed in enumerate(seeds):
-        if isinstance(seed, bool | float | str) or not hasattr(seed, "__index__"):
-            raise ValueError(f"seeds[{place}] = {seed!r}: must be an int, not {type(seed).__name__}")
-    numbers = [int(seed) for seed in seeds]
-    if any(not -(2**63) <= number < 2**63 for number in numbers):
-        raise ValueError(f"seeds: {max(numbers, key=abs)} has over 63 bits; use a smaller one")
-    return numbers
 
 
 def _schedule(inference: Inference) -> Schedule:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from mm.config import ConfigError
 from mm.diffusion.noise import hash64
-from mm.evaluation.drawing import Callback, Settings, check_seeds, draw
+from mm.evaluation import given
+from mm.evaluation.drawing import Callback, Settings, draw
 from mm.evaluation.record import MOST, Record
 from mm.evaluation.redraw import fingerprint
 from mm.models.fingerprint import model_hash
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 
     from mm.evaluation.inference import Inference
 
+T = TypeVar("T")
+
 CANDIDATE = 4  # stream of candidates' seeds
 
-Given = Sequence["Image.Image | None"] | None
+Pictures = Sequence["Image.Image | None"] | None
 
 
 def generate(
@@ -31,11 +34,11 @@ def generate(
     *,
     seeds: Sequence[int] | None = None,
     settings: Settings = Settings(),  # noqa: B008 (frozen)
-    images: Given = None,
+    images: Pictures = None,
     negative: str | Sequence[str | None] | None = None,
     autoguide: Inference | None = None,
-    start: Given = None,
-    masks: Given = None,
+    start: Pictures = None,
+    masks: Pictures = None,
     best_of: int = 1,
     callback: Callback | None = None,
     progress: bool = False,
@@ -46,48 +49,46 @@ def generate(
     the highest cosine with the prompt by the model's own encoders; the first of equal ones. Raises ValueError as `draw`
     does, and where there is no prompt to compare with.
     """
-    if not isinstance(best_of, int) or isinstance(best_of, bool) or not 1 <= best_of <= MOST:
+    if not given.whole(best_of) or not 1 <= best_of <= MOST:
         raise ValueError(f"best_of = {best_of}: must be a whole number from 1 to {MOST}")
-    if best_of > 1 and not isinstance(prompts, str):
+    prompts, best_of = given.texts("prompts", prompts), int(best_of)
+    count = len(prompts)
+    if best_of > 1:
         _check_comparable(inference, prompts)
-    numbers = check_seeds(range(len(prompts)) if seeds is None else seeds)
-    each: list[Sequence[object] | None] = [images, start, masks]
-    negatives = None if negative is None else [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-    for given in (*each, negatives, numbers):
-        if given is not None and len(given) != len(prompts):
-            best_of = 1  # refused below, with its name
-    many = [[row for row in given for _ in range(best_of)] if given is not None else None for given in each]
+    numbers, negatives = given.seeds(seeds, count), given.negatives(negative, count)
+    lists = {"images": images, "start": start, "masks": masks}
+    each = {name: given.pictures(name, some, count) for name, some in lists.items()}
     candidates = [seed for number in numbers for seed in candidate_seeds(number, best_of)]
     pixels = draw(
         inference,
-        prompts if best_of == 1 else [prompt for prompt in prompts for _ in range(best_of)],
+        _repeated(prompts, best_of),
         seeds=candidates,
         settings=settings,
-        images=many[0],  # type: ignore[arg-type]
-        negative=None if negatives is None else [words for words in negatives for _ in range(best_of)],
+        images=_repeated(each["images"], best_of) if any(each["images"]) else None,
+        negative=_repeated(negatives, best_of),
         autoguide=autoguide,
-        start=many[1],  # type: ignore[arg-type]
-        masks=many[2],  # type: ignore[arg-type]
+        start=_repeated(each["start"], best_of),
+        masks=_repeated(each["masks"], best_of),
         callback=callback,
         progress=progress,
     )
-    scores: list[float | None] = [None] * len(prompts)
+    scores: list[float | None] = [None] * count
     if best_of > 1:
         kept, scores = _best(inference, pixels, prompts, best_of)
         pixels, numbers = pixels[kept], [candidates[place] for place in kept]
     weaker = None if autoguide is None else model_hash(autoguide)
     pictures = inference.processor("image").render(pixels)
     for place, picture in enumerate(pictures):
-        hashes = [_hash(given, place) for given in (images, start, masks)]
+        hashes = [None if one is None else fingerprint(one) for one in (some[place] for some in each.values())]
         picture.info["mm"] = Record(
             prompt=prompts[place],
             seed=numbers[place],
             steps=settings.steps,
-            guidance=float(settings.guidance),
+            guidance=settings.guidance,
             solver=settings.solver,
             interval=settings.interval,
-            strength=float(settings.strength),
-            negative=None if negatives is None else negatives[place],
+            strength=settings.strength,
+            negative=negatives[place],
             best_of=best_of,
             score=scores[place],
             like=hashes[0],
@@ -98,9 +99,8 @@ def generate(
     return pictures
 
 
-def _hash(given: Given, place: int) -> str | None:
-    picture = None if given is None else given[place]
-    return None if picture is None else fingerprint(picture)
+def _repeated(rows: Sequence[T], times: int) -> list[T]:
+    return [row for row in rows for _ in range(times)]
 
 
 def candidate_seeds(seed: int, count: int) -> list[int]:

@@ -24,7 +24,7 @@ HALF = 128  # level from which a mask's pixel is white
 class Redraw:
     """Some of B pictures begin at a picture (the middle of it, at the model's size), some of these inside a mask.
 
-    Raises ValueError naming the item that is no picture or mask, or a mask that fits no start.
+    All are decoded. Raises ValueError naming a mask that is none, or that fits no start.
     """
 
     def __init__(
@@ -42,17 +42,13 @@ class Redraw:
 
     def _pixels(self, picture: Image.Image, name: str) -> Tensor:
         """uint8 `[3, H, W]`."""
-        if not isinstance(picture, Image.Image):
-            raise ValueError(f"{name}: must be a PIL.Image, not {type(picture).__name__}")
         try:
             return self._processor.collate([self._processor.prepare(picture, train=False)])[0][0]
-        except (ValueError, OSError, SyntaxError) as error:  # a truncated file is read only here
+        except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
     def _mask(self, mask: Image.Image, start: Image.Image | None, name: str) -> Tensor:
         """bool `[1, H, W]`, True where it is white."""
-        if not isinstance(mask, Image.Image):
-            raise ValueError(f"{name}: must be a PIL.Image, not {type(mask).__name__}")
         if start is None:
             raise ValueError(f"{name}: there is no start picture for it to lie on; give start[...] too")
         if mask.mode not in ("1", "L"):
@@ -67,16 +63,23 @@ class Redraw:
             raise ValueError(f"{name}: nothing in it is white, so that nothing would be drawn")
         return white
 
+    def __len__(self) -> int:
+        return len(self._start)
+
+    def kinds(self) -> Iterator[tuple[tuple[bool, bool], list[int]]]:
+        """Whether they have a start and a mask, and the rows that are so: at least one."""
+        kinds = [(one is not None, mask is not None) for one, mask in zip(self._start, self._masks, strict=True)]
+        for kind in ((False, False), (True, False), (True, True)):
+            rows = [row for row, found in enumerate(kinds) if found == kind]
+            if rows:
+                yield kind, rows
+
     def groups(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Rows of those without a start, with one, and with a mask too; and of these `start` and `redraw`.
 
         `start`: latents `[b, C, h, w]`; `redraw`: bool `[b, 1, h, w]`, True wherever any pixel of it is.
         """
-        kinds = [(one is not None, mask is not None) for one, mask in zip(self._start, self._masks, strict=True)]
-        for kind in ((False, False), (True, False), (True, True)):
-            rows = [row for row, found in enumerate(kinds) if found == kind]
-            if not rows:
-                continue
+        for kind, rows in self.kinds():
             more = {}
             if kind[0]:  # one at a time: always alike
                 more["start"] = torch.cat([self._encoded(row) for row in rows])
@@ -93,13 +96,10 @@ class Redraw:
         with torch.inference_mode():
             return self.latents.encode(pixels[None].to(device)).cpu()
 
-    def kept(self, pixels: Tensor) -> Tensor:
-        """Drawn pictures, uint8 `[B, 3, H, W]`, with the very pixels of the start wherever a mask is not white."""
-        out = pixels.clone()
-        for row, (start, mask) in enumerate(zip(self._start, self._masks, strict=True)):
-            if start is not None and mask is not None:
-                out[row] = torch.where(mask, out[row], start)
-        return out
+    def kept(self, row: int, picture: Tensor) -> Tensor:
+        """A drawn picture, uint8 `[3, H, W]`, with the very pixels of its start wherever its mask is not white."""
+        start, mask = self._start[row], self._masks[row]
+        return picture if start is None or mask is None else torch.where(mask, picture, start)
 
 
 def fingerprint(picture: Image.Image) -> str:
