@@ -27,6 +27,8 @@ from mm.models.model import Model
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mm.evaluation.drawing import Callback
+
 EXPORT = "export"  # in a run folder
 
 
@@ -68,18 +70,46 @@ class LoadedModel:
         guidance: float = 2.0,
         images: Sequence[Image.Image | None] | None = None,
         solver: Solver = "euler",
+        negative: str | Sequence[str | None] | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+        autoguide: LoadedModel | None = None,
+        start: Sequence[Image.Image | None] | None = None,
+        strength: float = 0.7,
+        masks: Sequence[Image.Image | None] | None = None,
+        best_of: int = 1,
+        callback: Callback | None = None,
         progress: bool = False,
     ) -> list[Image.Image]:
         """A picture for each prompt; the same prompt, image and seed give the same picture.
 
         `seeds` are 0 ... n - 1 by default. `images` condition on what the vision encoder sees in them; a prompt or
-        image of None hides that condition. `guidance` 1 is none; `steps` network evaluations (twice as many with the
-        "heun" solver). Raises ValueError where lengths differ or a number cannot work.
+        image of None hides that condition. `steps` levels of noise, each one network evaluation ("euler", "dpmpp_2m";
+        two with "heun"). `guidance` 1 is none; it leads away from a picture without a prompt, from a `negative` prompt
+        (one, or one each), or from what the weaker model `autoguide` draws, at noise levels within `interval` (1 is
+        pure noise). `start[i]` is the picture that i begins at, noised to the level `strength`; only what is white in
+        `masks[i]` of it is drawn anew. Of `best_of` candidates the one nearest to its prompt is kept.
+        `callback(step, steps, preview)` is called after each step; `preview()` gives the pictures as they are.
+        `picture.info["mm"]` says how each was drawn. Raises ValueError where lengths differ or a number cannot work.
         """
-        pixels = self.inference.generate(
-            prompts, seeds=seeds, steps=steps, guidance=guidance, images=images, solver=solver, progress=progress
+        from mm.evaluation.drawing import Settings
+        from mm.evaluation.generation import generate
+
+        if autoguide is not None and not isinstance(autoguide, LoadedModel):
+            raise ValueError(f"autoguide: must be a loaded model, not {type(autoguide).__name__}; give mm.load(...)")
+        return generate(
+            self.inference,
+            prompts,
+            seeds=seeds,
+            settings=Settings(steps, guidance, solver, interval, strength),
+            images=images,
+            negative=negative,
+            autoguide=None if autoguide is None else autoguide.inference,
+            start=start,
+            masks=masks,
+            best_of=best_of,
+            callback=callback,
+            progress=progress,
         )
-        return self.inference.processor("image").render(pixels)
 
 
 def load(

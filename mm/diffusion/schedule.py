@@ -34,9 +34,9 @@ class Schedule:
         """Noise levels in (0, 1) from standard normal draws: logit-normal, then shifted."""
         return self._shift(torch.sigmoid(self.sigma_mean + self.sigma_std * normal))
 
-    def sampling_sigmas(self, steps: int) -> Tensor:
-        """`[steps + 1]` levels from 1 down to 0, shifted once."""
-        return self._shift(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)).float()
+    def sampling_sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
+        """`[steps + 1]` levels from `strength` (1: pure noise) down to 0, shifted once."""
+        return self._shift(torch.linspace(strength, 0.0, steps + 1, dtype=torch.float64)).float()
 
     def add_noise(self, x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """z at level sigma `[B]` from images x and standard normal noise `[B, C, H, W]`."""

@@ -9,23 +9,17 @@ copies of the first item, cut evenly for one or two threads; with more, each ite
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from mm.config import ConfigError
-from mm.diffusion.noise import normal
-from mm.diffusion.sampler import Solver, guided, sample
-from mm.diffusion.schedule import Schedule
+from mm.diffusion.sampler import Solver
 from mm.fields import suggestion
-from mm.types import Batch, Encoded, Tokens
+from mm.types import Batch, Encoded
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from mm.adapters.base import Adapter, Processor
     from mm.config import TrainConfig
     from mm.models.model import Model
@@ -34,7 +28,6 @@ MICRO_BATCH = {"image": 32, "text": 64, "draw": 8}
 EVEN_THREADS = 2
 _SMALL_SIDE = 32  # pixels: larger pictures go in smaller micro-batches on a CPU, of about as many pixels
 _SMALL_TEXT = 2048  # width x depth of a text encoder
-NOISE = 0  # stream of a picture's first noise; training uses others
 
 Items = tuple[Tensor, ...]  # columns of equal length: row i of each belongs to item i
 
@@ -125,12 +118,12 @@ class Inference:
         """`encode` for columns that `prepare` or a loader has made."""
         if not columns or not len(columns[0]):
             return torch.zeros(0, self.config.model.embed_dim)
-        size = micro_batch or self._size(name)
+        size = micro_batch or self.size(name)
         label = f"encoding {name}" if progress else ""
         out = torch.empty(len(columns[0]), self.config.model.embed_dim)
         whole = len(columns) == 1 or (name == "text" and not self._ignores_padding)
         for rows, part in [(slice(None), columns)] if whole else cut_padding(*columns):
-            out[rows] = self._run(lambda *part: (self._encoded(name, part).pooled,), part, size, label)[0].cpu().float()
+            out[rows] = self.run(lambda *part: (self._encoded(name, part).pooled,), part, size, label)[0].cpu().float()
         return out
 
     def generate(
@@ -140,89 +133,20 @@ class Inference:
         seeds: Sequence[int] | None = None,
         steps: int = 25,
         guidance: float = 2.0,
-        images: Sequence[Image.Image | None] | None = None,
         solver: Solver = "euler",
-        micro_batch: int | None = None,
-        progress: bool = False,
+        interval: tuple[float, float] = (0.0, 1.0),
+        strength: float = 0.7,
+        **options: Any,
     ) -> Tensor:
-        """uint8 `[B, 3, H, W]`: picture i from prompt i, seed i, and what the vision encoder sees of images[i].
+        """uint8 `[B, 3, H, W]`, picture i from prompt i; see `mm.evaluation.drawing.draw` for all options."""
+        from mm.evaluation.drawing import Settings, draw
 
-        A prompt or image of None (or "") hides that condition. `seeds` are 0 ... B - 1 by default. Raises ValueError
-        where lengths differ or a number cannot work, ConfigError where the model was trained without diffusion.
-        """
-        diffusion, denoiser = self.config.objectives.diffusion, self.model.denoiser
-        if denoiser is None or diffusion is None:
-            raise ConfigError("objectives.diffusion = None: this model was trained without it and cannot draw")
-        columns = self._conditions(prompts, seeds, steps, guidance, images, solver)
-        if not columns:
-            return torch.zeros((0, 3, *2 * [self.config.model.image.size]), dtype=torch.uint8)
-        schedule = Schedule.from_config(diffusion)
-        shape, device = self.model.latents.shape, self.model.device
-
-        def draw(*part: Tensor) -> Items:
-            x, mask, text, image, keep_text, keep_image, numbers = part
-            encoded = {"text": Encoded(Tokens(x, mask, max_len=x.shape[1]), text), "image": Encoded(Tokens(x), image)}
-            tokens, pooled = self.model.condition(encoded, {"text": keep_text, "image": keep_image})
-            if guidance != 1.0:  # each picture's unconditional row goes through the same forward
-                nothing = torch.zeros_like(keep_text)
-                blank, blank_pooled = self.model.condition(encoded, {"text": nothing, "image": nothing})
-                tokens = tokens._replace(x=torch.cat([tokens.x, blank.x]), mask=torch.cat([mask, mask]))
-                pooled = torch.cat([pooled, blank_pooled])
-
-            def both(z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-                shown, hidden = denoiser(torch.cat([z, z]), torch.cat([sigma, sigma]), tokens, pooled).float().chunk(2)
-                return shown, hidden
-
-            def only(z: Tensor, sigma: Tensor) -> Tensor:
-                return denoiser(z, sigma, tokens, pooled).float()
-
-            noise = torch.cat([normal(number[None], shape, NOISE) for number in numbers])  # each alone: always alike
-            predict = only if guidance == 1.0 else guided(both, guidance)
-            return (self.model.latents.decode(sample(predict, noise, schedule, steps, solver)),)
-
-        size = micro_batch or self._size("draw")
-        pictures = self._run(draw, tuple(column.to(device) for column in columns), size, "drawing" if progress else "")
-        return pictures[0].cpu()
-
-    def _conditions(
-        self,
-        prompts: Sequence[str | None],
-        seeds: Sequence[int] | None,
-        steps: int,
-        guidance: float,
-        images: Sequence[Image.Image | None] | None,
-        solver: str,
-    ) -> Items:
-        """Text tokens, mask, pooled text, pooled image, what to show of either, seeds; () for no prompts."""
-        if isinstance(prompts, str):
-            raise ValueError(f"prompts = {prompts!r}: must be a list; write [{prompts!r}]")
-        numbers = list(range(len(prompts))) if seeds is None else [int(seed) for seed in seeds]
-        for name, given in (("seeds", numbers), ("images", prompts if images is None else images)):
-            if len(given) != len(prompts):
-                raise ValueError(f"{name}: {len(given)} given for {len(prompts)} prompts; give one for each")
-        if any(not -(2**63) <= number < 2**63 for number in numbers):
-            raise ValueError(f"seeds: {max(numbers, key=abs)} has over 63 bits; use a smaller one")
-        if steps < 1:
-            raise ValueError(f"steps = {steps}: must be at least 1")
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance = {guidance}: must be a finite number; 1 is no guidance")
-        if solver not in ("euler", "heun"):
-            raise ValueError(f"solver = {solver!r}: must be 'euler' or 'heun'")
-        if not prompts:
-            return ()
-        texts = ["" if prompt is None else prompt for prompt in prompts]
-        tokens, mask, text = self.text_condition(texts)
-        image, shown = torch.zeros_like(text), torch.zeros(len(texts))
-        if images is not None:
-            there = [place for place, picture in enumerate(images) if picture is not None]
-            image[there] = self.encode("image", [images[place] for place in there]).to(image.device)
-            shown[there] = 1.0
-        told = torch.tensor([float(bool(words)) for words in texts])
-        return tokens, mask, text, image, told, shown, torch.tensor(numbers, dtype=torch.int64)
+        settings = Settings(steps, guidance, solver, interval, strength)
+        return draw(self, prompts, seeds=seeds, settings=settings, **options)
 
     def text_condition(self, texts: Sequence[str]) -> Items:
         """What the denoiser is told of texts: tokens `[B, L, D]`, their mask `[B, L]`, pooled vectors `[B, E]`."""
-        return self._run(self._text_condition, self.prepare("text", texts), self._size("text"))
+        return self.run(self._text_condition, self.prepare("text", texts), self.size("text"))
 
     def _text_condition(self, *part: Tensor) -> Items:
         encoded = self._encoded("text", part)
@@ -234,7 +158,8 @@ class Inference:
         batch = Batch({name: columns[0]}, lengths)
         return self.model.encode(batch.to(self.model.device))[name]
 
-    def _size(self, kind: str) -> int:
+    def size(self, kind: str) -> int:
+        """Items of a micro-batch of "image", "text" or "draw"."""
         cpu = self.model.device.type == "cpu"
         if cpu and torch.get_num_threads() > EVEN_THREADS:
             return 1
@@ -248,7 +173,7 @@ class Inference:
             return usual if text.tower is None and text.width * text.depth <= _SMALL_TEXT else 8
         return max(1, usual * _SMALL_SIDE**2 // max(image.size, _SMALL_SIDE) ** 2)
 
-    def _run(self, function: Callable[..., Items], columns: Items, size: int, label: str = "") -> Items:
+    def run(self, function: Callable[..., Items], columns: Items, size: int, label: str = "") -> Items:
         """`function` over micro-batches of exactly `size` items; its columns for the real ones, joined."""
         from tqdm import tqdm
 

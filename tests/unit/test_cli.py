@@ -17,6 +17,7 @@ from PIL import Image
 import mm
 from mm.cli import HELP, guarded, main
 from mm.commands import COMMANDS
+from mm.evaluation.record import Record
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -42,15 +43,21 @@ class FakeModel:
         ranked = [(label, 1 / (place + 1)) for place, label in enumerate(labels)]
         return types.SimpleNamespace(top=lambda image, k: ranked[:k])
 
-    def generate(self, prompts: list[str], seeds: list[int], steps: int, guidance: float) -> list[Image.Image]:
-        self.asked = {"prompts": prompts, "seeds": seeds, "steps": steps, "guidance": guidance}
-        return [Image.new("RGB", (8, 8), (seed, len(prompt), 0)) for prompt, seed in zip(prompts, seeds, strict=True)]
+    def generate(
+        self, prompts: list[str], seeds: list[int], steps: int, guidance: float, **options: Any
+    ) -> list[Image.Image]:
+        self.asked = {"prompts": prompts, "seeds": seeds, "steps": steps, "guidance": guidance, **options}
+        images = [Image.new("RGB", (8, 8), (seed, len(prompt), 0)) for prompt, seed in zip(prompts, seeds, strict=True)]
+        for image, prompt, seed in zip(images, prompts, seeds, strict=True):
+            image.info["mm"] = Record(prompt, seed, steps, guidance, "euler", (0.0, 1.0), 0.7)
+        return images
 
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
     fake = FakeModel()
     monkeypatch.setattr(mm, "load", lambda source: fake)
+    monkeypatch.setattr("mm.models.fingerprint.model_hash", lambda loaded: 64 * "a")
     return fake
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mm.diffusion.guidance import guided
 from mm.diffusion.noise import normal, uniform
-from mm.diffusion.sampler import guided, sample
+from mm.diffusion.sampler import sample
 from mm.diffusion.schedule import Schedule
 
 

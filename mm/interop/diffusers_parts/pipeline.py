@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from mm.adapters.latents import PixelSpace
+from mm.diffusion.guidance import guided
 from mm.diffusion.noise import normal
-from mm.diffusion.sampler import guided
 from mm.diffusion.schedule import Schedule
 from mm.interop.diffusers_parts.checks import FLOW, check, moves_along_velocity, paired
 from mm.interop.diffusers_parts.saving import save
