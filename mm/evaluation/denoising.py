@@ -125,5 +125,5 @@ def _losses(job: Job, schedule: Schedule, places: list[int], sigmas: Tensor, see
         columns = (job.samples.images[part], *text, shown, seeds)
         moved = tuple(column.to(model.device) for column in columns)
         label = "denoising" if job.progress else ""
-        parts.append(torch.stack(inference._run(measure, moved, BATCH["draw"], label)).cpu())
+        parts.append(torch.stack(inference.run(measure, moved, BATCH["draw"], label)).cpu())
     return torch.cat(parts, 1).numpy()
