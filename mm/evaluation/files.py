@@ -46,7 +46,9 @@ def read_lines(path: str, what: str) -> list[str]:
 
     try:
         if path == "-":
-            text = sys.stdin.read(MAX_BYTES)
+            text = sys.stdin.read(MAX_BYTES + 1)
+            if len(text) > MAX_BYTES:
+                raise ValueError(f"stdin: over {MAX_BYTES >> 20} MB; is it a list, with {what} a line?")
         else:
             if Path(path).is_file() and Path(path).stat().st_size > MAX_BYTES:
                 raise ValueError(f"{path}: over {MAX_BYTES >> 20} MB; is it a list, with {what} a line?")
@@ -55,5 +57,5 @@ def read_lines(path: str, what: str) -> list[str]:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); give {what} a line") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"{path}: holds nothing; give {what} a line")
+        raise ValueError(f"{path}: no {what.partition(' ')[2]} in it, holds nothing; give {what} a line")
     return lines
