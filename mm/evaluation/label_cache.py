@@ -52,9 +52,9 @@ class LabelCache:
                 if tuple(file.get_slice("weights").get_shape()) != shape:
                     return None
                 weights = file.get_tensor("weights").clone()  # not the mapped file, which may be cut under it
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (SafetensorError, ValueError):
+        except (SafetensorError, ValueError):  # damaged
             return None
         if weights.dtype != torch.float32 or not isinstance(note, dict) or note.get("blake2b") != digest(weights):
             return None
