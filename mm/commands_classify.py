@@ -72,7 +72,8 @@ def classify(argv: Sequence[str]) -> int:
         for prediction in each(source, errors=args.errors, say=_say, tally=tally):
             add(prediction)
     if args.summary:
-        about = {"run": args.run, "mode": args.mode, "temperature": args.temperature, "templates": templates or ["{}"]}
+        about = {"mm": mm.__version__, "run": args.run, "mode": args.mode, "temperature": args.temperature}
+        about["templates"] = templates or ["{}"]
         _summarise(args.summary, {**about, **tally.summary(), "seconds": round(time.perf_counter() - start, 3)})
     if args.out:
         print(f"{args.out}: {tally.labels.total():,} images")
