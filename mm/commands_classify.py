@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from mm.usage import RUN, Parser, UsageError, number
@@ -35,6 +35,7 @@ def parser() -> Parser:
     add("--templates", metavar="NAME|FILE", help="openai (80), simple (7), or a file with one a line")
     add("--top", type=number(int, 1), default=5, metavar="K", help="labels an image (default: 5)")
     add("--mode", choices=("contrastive", "diffusion", "hybrid"), default="contrastive", help="who judges the images")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="of --mode diffusion or hybrid; repeatable")
     add("--temperature", type=number(float, 0, above=True), metavar="T", help="divides the logits (default: 1)")
     add(
         "--cache",
@@ -93,6 +94,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.shards is None and (args.limit is not None or args.captions):
         flag = "--captions" if args.captions else "--limit"
         raise UsageError(f"{flag}: is for --shards; leave it out, or give shards")
+    if args.option and args.mode == "contrastive":
+        raise UsageError(f"--option {args.option[0]}: is for --mode diffusion or hybrid; leave it out, or name a mode")
+    for option in args.option:
+        _option(option)
     if args.template and args.templates is not None:
         raise UsageError("mm classify: give the templates once, as --template or as --templates NAME|FILE")
     if args.out:
@@ -103,6 +108,17 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError("--json: prints, and --out writes; give one of them (a .jsonl file holds the same)")
     if args.summary and os.path.isdir(args.summary):
         raise UsageError(f"--summary {args.summary}: is a folder; name a file in it")
+
+
+def _option(text: str) -> tuple[str, int | float | str]:
+    """`draws=8` as a keyword and its value. Raises UsageError where it is none."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError(f"--option {text}: must be NAME=VALUE, such as draws=8")
+    for kind in (int, float):
+        with suppress(ValueError):
+            return name, kind(value)
+    return name, value
 
 
 def _labels(args: argparse.Namespace) -> str | list[str]:
@@ -176,6 +192,7 @@ def _source(
     options |= {"cache": True} if cache else {}
     options |= {"mode": args.mode} if args.mode != "contrastive" else {}
     options |= {"temperature": args.temperature} if args.temperature is not None else {}
+    options |= dict(map(_option, args.option))
     show = {"progress": sys.stderr.isatty()}
     classifier = model.classifier(labels, **options, **show)
     if paths is None:

@@ -24,12 +24,14 @@ from mm.evaluation.calibration import (
 )
 from mm.evaluation.label_weights import LabelWeights
 from mm.evaluation.predictions import Predictions, check_k, ranked
-from mm.evaluation.vocabulary import read_labels, read_templates
+from mm.evaluation.vocabulary import check_labels, check_templates, read_labels, read_templates
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from mm.evaluation.inference import Inference
+
+__all__ = ["Classifier", "check_labels", "check_temperature", "check_templates", "classifier"]
 
 ROWS = 32  # images compared at once: always as many, so that a row's last bit never depends on its company
 

@@ -53,6 +53,8 @@ def test_known_errors() -> None:
     assert expected_calibration_error(sure, torch.tensor([1, 2, 3, 0])) == 1.0
     half = torch.tensor([[0.75, 0.25]]).repeat(4, 1)
     assert expected_calibration_error(half, torch.tensor([0, 0, 0, 1])) == pytest.approx(0.0)
+    edge = torch.tensor([[0.25, 0.1], [0.3, 0.1]])  # a bin ends with its upper bound: these two are in different ones
+    assert expected_calibration_error(edge, torch.tensor([0, 1]), 4) == pytest.approx((0.75 + 0.3) / 2)
     each_by_itself = torch.tensor([[0.1, 0.05], [0.0, 0.0]])  # of a sigmoid model: the top label's probability
     assert expected_calibration_error(each_by_itself, torch.tensor([0, 1])) == pytest.approx(0.45)
 

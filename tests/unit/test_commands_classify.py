@@ -129,8 +129,17 @@ def test_names_of_sets_temperature_and_cache_are_handed_on(
     assert main(["classify", "r", picture, "--labels-from", "imagenet", "--templates", "simple"]) == 0
     assert asked.pop() == ("imagenet", {"templates": "simple", "cache": True, "progress": False})
     words = ["--labels", "a,b", "--temperature", "2.5", "--cache", "--mode", "hybrid"]
+    words += ["--option", "draws=8", "--option", "fuse=mean", "--option", "weight=0.5"]
     assert main(["classify", "r", picture, *words]) == 0
-    assert asked.pop()[1] == {"temperature": 2.5, "cache": True, "mode": "hybrid", "progress": False}
+    assert asked.pop()[1] == {
+        "temperature": 2.5,
+        "cache": True,
+        "mode": "hybrid",
+        "progress": False,
+        "draws": 8,
+        "fuse": "mean",
+        "weight": 0.5,
+    }
     assert main(["classify", "r", picture, "--labels-from", "imagenet", "--no-cache"]) == 0
     assert asked.pop() == ("imagenet", {"progress": False})
 
@@ -272,6 +281,8 @@ def test_a_job_that_ends_early_leaves_the_old_file(
         ("P --labels a --temperature nan", "--temperature: nan"),
         ("P --labels a --temperature 0", "--temperature: 0"),
         ("P --labels a --mode magic", "--mode"),
+        ("P --labels a --option draws=8", "--option draws=8: is for --mode diffusion or hybrid"),
+        ("P --labels a --mode hybrid --option draws", "must be NAME=VALUE"),
         ("P --labels a --errors ignore", "--errors"),
         ("P --labels a --workers -1", "--workers"),
         ("P --labels a --limit 3", "--limit: is for --shards"),
