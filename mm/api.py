@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from mm.adaptation.lora import compose
 from mm.config import ConfigError, TrainConfig
 from mm.diffusion.sampler import Solver
 from mm.evaluation.inference import Inference
+from mm.evaluation.label_weights import LabelWeights
+from mm.evaluation.vocabulary import read_labels, read_templates
 from mm.evaluation.zero_shot import Classifier, classifier
+from mm.fields import suggestion
 from mm.interop.sources import read
 from mm.models.model import Model
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from mm.evaluation.drawing import Callback
 
 EXPORT = "export"  # in a run folder
+MODES = ("contrastive", "diffusion", "hybrid")
 
 
 class LoadedModel:
@@ -37,6 +41,7 @@ class LoadedModel:
 
     def __init__(self, model: Model, config: TrainConfig, extras: dict[str, Tensor], note: dict[str, Any]) -> None:
         self.inference, self.note = Inference(model, config, extras), note
+        self._label_weights = LabelWeights(self.inference)
 
     @property
     def config(self) -> TrainConfig:
@@ -56,10 +61,49 @@ class LoadedModel:
         return {name: self.inference.embed(name, columns, progress=progress) for name, columns in ready.items()}
 
     def classifier(
-        self, labels: Sequence[str], templates: Sequence[str] = ("{}",), *, progress: bool = False
+        self,
+        labels: str | Sequence[str],
+        templates: str | Sequence[str] = ("{}",),
+        *,
+        mode: Literal["contrastive", "diffusion", "hybrid"] = "contrastive",
+        temperature: float | None = None,
+        cache: bool | str | os.PathLike[str] | None = None,
+        progress: bool = False,
+        **options: Any,
     ) -> Classifier:
-        """A zero-shot classifier whose labels are encoded here, once; see `mm.evaluation.zero_shot.classifier`."""
-        return classifier(self.inference, labels, templates, progress=progress)
+        """A zero-shot classifier whose labels are encoded here, once; asked for again, not even that.
+
+        `labels`: a list, or "imagenet"; `templates`: a list with `{}` where the label goes, or "openai" (80) or
+        "simple" (7). `temperature` divides the logits; `Classifier.calibrate` finds one. `cache`: True keeps label
+        embeddings on disk, in `$MM_CACHE`/labels, a path in that folder.
+        `mode`: "contrastive" compares embeddings; "diffusion" asks which label the denoiser explains an image with
+        best; "hybrid" asks that of the likeliest contrastive ones. `options` are those of the latter two, see
+        `mm.evaluation.by_drawing`. Raises ValueError for what cannot be meant, ConfigError where the model was trained
+        without the objective.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode = {mode!r}: must be {', '.join(MODES)}{suggestion(str(mode), MODES)}")
+        if mode == "contrastive" and options:
+            name = next(iter(options))
+            raise ValueError(f"{name} = {options[name]!r}: no option of mode contrastive; see model.classifier")
+        plain: Classifier | None = None
+        if mode != "diffusion" or self.config.objectives.contrastive is not None:
+            plain = classifier(
+                self.inference,
+                labels,
+                templates,
+                temperature=temperature,
+                cache=cache,
+                weights=self._label_weights,
+                progress=progress,
+            )
+        if mode == "contrastive":
+            assert plain is not None
+            return plain
+        from mm.evaluation.by_drawing import classifier as drawn  # the denoiser as a classifier
+
+        named = {"labels": read_labels(labels), "templates": read_templates(templates)} if plain is None else {}
+        return drawn(plain, self.inference, mode=mode, progress=progress, **named, **options)
 
     def generate(
         self,

@@ -50,7 +50,7 @@ class ImageProcessor(Processor):
         size: tuple[int, int] | None = None,
     ) -> dict[str, np.ndarray]:
         """`pixels`: uint8 `[height, width, 3]`, of `size` (width, height) where it is given and square otherwise."""
-        picture = Opened(raw) if isinstance(raw, Image.Image) else raw
+        picture = Opened(loaded(raw)) if isinstance(raw, Image.Image) else raw
         if not (hasattr(picture, "crop") and hasattr(picture, "size")):  # a Croppable; isinstance takes 60 µs to tell
             raise ValueError(f"an image must be a PIL.Image or have `size` and `crop`, not {type(raw).__name__}")
         width, height = size or (self.size, self.size)
@@ -73,6 +73,21 @@ class ImageProcessor(Processor):
     def render(self, tensor: Tensor) -> list[Image.Image]:
         """PIL images from uint8 `[B, 3, H, W]`."""
         return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in tensor.cpu()]
+
+
+def loaded(picture: Image.Image) -> Image.Image:
+    """The picture, decoded: Pillow opens a damaged file and says so only later. Raises ValueError where it cannot."""
+    if not picture.width or not picture.height:
+        raise ValueError(f"an image of {picture.width}x{picture.height} pixels holds nothing")
+    try:
+        picture.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
+        raise ValueError(f"image cannot be decoded: {' '.join(str(error).split())[:200]}") from error
+    if picture.mode == "F" and not np.isfinite(np.asarray(picture)).all():
+        raise ValueError("an image has levels that are not finite numbers")
+    return picture
 
 
 def centre_box(size: tuple[int, int], ratio: float = 1.0) -> tuple[int, int, int, int]:

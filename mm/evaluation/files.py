@@ -10,6 +10,8 @@ from mm.data.decode import MAX_PIXELS
 if TYPE_CHECKING:
     from PIL import Image
 
+# those that other programs' pictures come in; a few more that Pillow knows start a program, or are no pictures
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA", "QOI")
 MAX_BYTES = 256 << 20  # of a picture file or a list of words
 
 
@@ -19,22 +21,28 @@ def open_image(path: str) -> Image.Image:
 
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    Image.init()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
-            with Image.open(path) as image:
+            warnings.simplefilter("ignore")  # of metadata, and of sizes: the limit below is stricter
+            with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} pixels are over the limit of {MAX_PIXELS}")
                 image.load()
-                return ImageOps.exif_transpose(image)
+                try:
+                    return ImageOps.exif_transpose(image)
+                except Exception:  # damaged EXIF leaves the pixels whole: show them as stored, as browsers do
+                    return image.copy()
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: not an image that Pillow can read") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: over the limit of {MAX_PIXELS} pixels") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged bytes
         if isinstance(error, OSError) and error.errno:  # missing, a folder, no permission: says so itself
             raise
-        raise ValueError(f"{path}: a damaged image ({error})") from error
+        raise ValueError(f"{path}: a damaged image ({' '.join(str(error).split())[:200]})") from error
 
 
 def read_lines(path: str, what: str) -> list[str]:
@@ -46,7 +54,9 @@ def read_lines(path: str, what: str) -> list[str]:
 
     try:
         if path == "-":
-            text = sys.stdin.read(MAX_BYTES)
+            text = sys.stdin.read(MAX_BYTES + 1)
+            if len(text) > MAX_BYTES:
+                raise ValueError(f"stdin: over {MAX_BYTES >> 20} MB; is it a list, with {what} a line?")
         else:
             if Path(path).is_file() and Path(path).stat().st_size > MAX_BYTES:
                 raise ValueError(f"{path}: over {MAX_BYTES >> 20} MB; is it a list, with {what} a line?")
@@ -55,5 +65,5 @@ def read_lines(path: str, what: str) -> list[str]:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); give {what} a line") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"{path}: holds nothing; give {what} a line")
+        raise ValueError(f"{path}: no {what.partition(' ')[2]} in it, holds nothing; give {what} a line")
     return lines

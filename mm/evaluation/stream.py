@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mm.adapters.base import EXTENSION
 from mm.config import ConfigError
 from mm.data import decode
 from mm.data.captions import Captions
@@ -62,6 +63,14 @@ class Stream:
         numbers: Sequence[int] | None = None,
         progress: str = "",
     ) -> None:
+        for name, value, least in (("chunk", chunk, 1), ("workers", workers, 0), ("limit", limit, 1)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} = {value!r}: must be a whole number of at least {least}")
+        if isinstance(members, str):
+            raise ValueError(f"members = {members!r}: must be a list; write [{members!r}]")
+        for member in members:
+            if not isinstance(member, str) or not EXTENSION.match(member):
+                raise ValueError(f"members: {member!r} is no extension in lower case, such as 'cls' or 'depth.png'")
         places = Captions(captions) if captions else None
         index = ShardIndex(list(files), parts=places.parts if places else ())
         self._samples = _Samples(Reader(index, places or Captions("txt"), cache_bytes=0), processor, places, members)
@@ -86,6 +95,7 @@ class Stream:
             num_workers=self.workers,
             collate_fn=_as_they_are,
             multiprocessing_context="forkserver" if self.workers else None,
+            generator=torch.Generator(),  # or it would draw from the caller's random numbers
         )
         quiet = None if self.progress else True  # None: shown on a terminal only
         with tqdm(total=len(self), desc=self.progress, unit="sample", disable=quiet, leave=False) as bar:

@@ -34,14 +34,31 @@ class Fake:
         return self.result
 
 
+class FakeClassifier:
+    """Says of every image that label n has the probability 1 / n."""
+
+    def __init__(self, labels: list[str]) -> None:
+        self.labels = labels
+
+    def __call__(self, images: list[Image.Image]) -> Any:
+        import torch
+
+        return (1 / torch.arange(1, len(self.labels) + 1)).repeat(len(images), 1)
+
+
 class FakeModel:
     def __init__(self) -> None:
         self.asked: dict[str, Any] = {}
 
-    def classifier(self, labels: list[str], templates: list[str] | None = None) -> types.SimpleNamespace:
+    @property
+    def inference(self) -> types.SimpleNamespace:
+        from mm.adapters.image import ImageProcessor
+
+        return types.SimpleNamespace(processor=lambda name: ImageProcessor(8))
+
+    def classifier(self, labels: list[str], templates: list[str] | None = None, progress: bool = False) -> Any:
         self.asked = {"labels": labels, "templates": templates}
-        ranked = [(label, 1 / (place + 1)) for place, label in enumerate(labels)]
-        return types.SimpleNamespace(top=lambda image, k: ranked[:k])
+        return FakeClassifier(labels)
 
     def generate(
         self, prompts: list[str], seeds: list[int], steps: int, guidance: float, **options: Any
