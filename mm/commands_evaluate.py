@@ -67,14 +67,16 @@ def compare(argv: Sequence[str]) -> int:
         parser.add_argument(name.lower(), metavar=name, help="results of mm evaluate --out: a JSON file, or the folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     args = parser.read(argv)
-    from mm.evaluation import compare as two
+    from mm.evaluation.compare import compare as run
+    from mm.evaluation.compare import read_result
+    from mm.evaluation.compare_table import table, what_differs
 
-    a, b = two.read_result(args.a), two.read_result(args.b)
+    a, b = read_result(args.a), read_result(args.b)
     if args.json:
-        found = {"a": args.a, "b": args.b, "metrics": [one.row() for one in two.compare(a, b)]}
-        print(json.dumps({**found, "differs": two.what_differs(a, b)}))
+        found = {"a": args.a, "b": args.b, "metrics": [one.row() for one in run(a, b)]}
+        print(json.dumps({**found, "differs": what_differs(a, b)}))
     else:
-        print(two.table(a, b, (args.a, args.b)))
+        print(table(a, b, (args.a, args.b)))
     return 0
 
 
