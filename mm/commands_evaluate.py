@@ -29,6 +29,7 @@ def evaluate(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--out", metavar="PATH", help="write the results there too: a JSON file, or a folder/")
     parser.add_argument("--records", metavar="FILE", help="write what is known of each sample: .jsonl or .parquet")
+    parser.add_argument("--resume", action="store_true", help="leave what is at --out if its hashes are the same")
     parser.add_argument("--limit", type=number(int, 1), metavar="N", help="samples that a task looks at, or draws")
     parser.add_argument("--steps", type=number(int, 1), help="of drawing")
     parser.add_argument("--guidance", type=number(float, 0), help="of drawing; 1 is none")
@@ -40,6 +41,8 @@ def evaluate(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=number(int, 0), metavar="N", help="decoding processes (default: none)")
     args = parser.read(argv)
     tasks = None if args.tasks is None else [task.strip() for task in args.tasks.split(",") if task.strip()]
+    if args.resume and args.out is None:
+        raise UsageError("--resume: there is nothing to go on with; give --out too")
     if tasks == []:
         raise UsageError(f'--tasks "{args.tasks}": names no task; try zero_shot,generation')
     from mm.evaluation.run import evaluate as run
@@ -50,6 +53,8 @@ def evaluate(argv: Sequence[str]) -> int:
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     names = ("limit", "steps", "guidance", "seed", "classes", "templates", "temperature")
+    if args.resume:
+        options["resume"] = True
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if settings:
         options["settings"] = settings

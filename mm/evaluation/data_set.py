@@ -15,7 +15,7 @@ from pathlib import Path
 from mm.config import ConfigError
 from mm.data.remote import is_remote
 from mm.data.shards import expand
-from mm.evaluation import samples
+from mm.evaluation import hashes, samples
 
 COUNT, CLASSES, TEMPLATES = "nshards.txt", "classnames.txt", "zeroshot_classification_templates.txt"
 TYPE, TYPES = "dataset_type.txt", ("classification", "retrieval", "multilabel")
@@ -43,6 +43,12 @@ class DataSet:
     def templates(self) -> list[str]:
         """Templates with `{}` where the class name goes. Raises ConfigError where there are none beside the shards."""
         return [line.replace("{c}", "{}") for line in self._lines(TEMPLATES, "templates")]
+
+    def words_hash(self) -> str | None:
+        """Of the lists of words beside the shards; None where there are none."""
+        there = [self.folder / name for name in (CLASSES, TEMPLATES, TYPE)] if self.folder is not None else []
+        texts = [_read(path) if path.is_file() else "" for path in there]
+        return hashes.of_words(texts) if any(texts) else None
 
     def split_files(self, split: str) -> list[str]:
         """The shards of another split of the same data. Raises ConfigError where there is none."""

@@ -125,6 +125,22 @@ def write_results(result: dict[str, Any], out: str | os.PathLike[str]) -> list[P
     return written
 
 
+def unchanged(
+    out: str | os.PathLike[str], tasks: Sequence[Task], hashes: dict[str, Any], told: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The result at `out`, if it is of the same tasks, data, words, model and precision; None where it is not."""
+    file = Path(out) / "results.json" if is_folder(out) else Path(out)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        there = [(row["name"], row["hashes"]) for row in found["tasks"]]
+        precision = found["settings"]["precision"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or no result: it is made anew
+        return None
+    wanted = [(task.name, {**hashes, "task": task.hash}) for task in tasks]
+    same = [(name, {key: said.get(key) for key in hashes} | {"task": said.get("task")}) for name, said in there]
+    return found if same == wanted and precision == told["precision"] else None
+
+
 def check_records(path: str | os.PathLike[str]) -> None:
     """Raises ConfigError where records cannot be written as that: before a model is loaded."""
     if Path(path).suffix not in RECORDS:

@@ -44,6 +44,7 @@ def evaluate(
     candidates: str | None = None,
     out: str | os.PathLike[str] | None = None,
     records: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     split: str | None = None,
     limit: int | None = None,
     steps: int | None = None,
@@ -62,10 +63,11 @@ def evaluate(
     `tasks`: names of shipped ones or paths of TOML files (`mm.evaluation.task`); None is what the data are for, of
     captions zero_shot and generation where the model can. `limit`, `steps`, `guidance` and `seed` change the setting of
     that name of each task that has it; `settings` do too, and one that no task has is refused. `out`: a file, or a
-    folder (`mm.evaluation.rows`); `records`: a file of what is known of each sample, .jsonl or .parquet. `precision` is
-    that of the model's matrix products; `workers` decode pictures. `load` reads the model where `run` is no folder of
-    mm's. Deterministic, and nothing is written before all is measured. Raises ConfigError for a run, shards, a task or
-    a setting that cannot be used.
+    folder (`mm.evaluation.rows`); `records`: a file of what is known of each sample, .jsonl or .parquet. With `resume`,
+    what lies at `out` is returned as it is where tasks, model and data have the same hashes. `precision` is that of the
+    model's matrix products; `workers` decode pictures. `load` reads the model where `run` is no folder of mm's.
+    Deterministic, and nothing is written before all is measured. Raises ConfigError for a run, shards, a task or a
+    setting that cannot be used.
     """
     if (tasks is not None and not tasks) or (limit is not None and limit < 1):
         named = None if tasks is None else list(tasks)
@@ -99,14 +101,20 @@ def evaluate(
     )
     name = folder.resolve().name if folder.exists() else os.fspath(run)
     step = int(note["step"]) if str(note.get("step", "")).isdigit() else None
-    about = {
+    said = {**hashes.of_shards(where.files), "reference": hashes.of_shards(where.reference)["data"]}
+    said |= {"words": where.words_hash(), "model": model_hash(inference)[: hashes.LENGTH]}
+    about: dict[str, Any] = {
         "dataset": where.name,
         **_called(name, step),
-        "hashes": {**hashes.of_shards(where.files), "model": model_hash(inference)[: hashes.LENGTH]},
+        "hashes": said,
         "seeds": {"run": config.run.seed, "bootstrap": 0},
         "versions": versions(),
         "commit": commit(),
     }
+    if resume and out is not None and (records is None or Path(records).is_file()):
+        before = rows.unchanged(out, chosen, said, told)
+        if before is not None:
+            return before
     result: dict[str, Any] = {
         "run": name,
         "step": step,
