@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm.config import ConfigError
-from mm.evaluation.classification import Statistic, calibration_statistic, per_class_statistic
+from mm.evaluation.classification import BINS, Statistic, calibration_statistic, per_class_statistic
 from mm.evaluation.outcome import draw_groups
 
 LARGEST = 1 << 30  # bytes of a results file
@@ -110,8 +110,14 @@ def _paired(a: dict[str, Any], b: dict[str, Any], metric: str) -> tuple[float, f
     if not one or not other or one["keys"] != other["keys"] or a["hashes"].get("data") != b["hashes"].get("data"):
         return None
     if metric in STATISTICS:
-        statistics = [STATISTICS[metric](row["outcomes"], row["settings"]) for row in (a, b)]
+        statistic, needs = STATISTICS[metric]
+        if not all(name in columns for name in needs for columns in (one, other)):
+            return None
+        statistics = [statistic(row["outcomes"], row["settings"]) for row in (a, b)]
         counts = np.ones(len(one["keys"]), np.int64)
+        whole = [float(found(counts[None].astype(np.float64))[0]) for found in statistics]
+        if not all(_is(value, row["metrics"][metric]) for value, row in zip(whole, (a, b), strict=True)):
+            return None
     else:
         if metric not in one or metric not in other:
             return None
@@ -140,10 +146,15 @@ def _per_class(columns: Columns, settings: Mapping[str, Any]) -> Statistic:
 
 
 def _calibration(columns: Columns, settings: Mapping[str, Any]) -> Statistic:
-    return calibration_statistic(np.array(columns["confidence"]), np.array(columns["acc1"]) > 0, settings["bins"])
+    return calibration_statistic(
+        np.array(columns["confidence"]), np.array(columns["acc1"]) > 0, settings.get("bins", BINS)
+    )
 
 
-STATISTICS = {"mean_per_class_recall": _per_class, "ece": _calibration}
+STATISTICS = {  # and the columns that each needs
+    "mean_per_class_recall": (_per_class, ("truth", "acc1")),
+    "ece": (_calibration, ("confidence", "acc1")),
+}
 
 
 def mcnemar(gains: int, losses: int) -> float:

@@ -76,15 +76,16 @@ def data_set(data: str, candidates: str | None = None, split: str | None = None)
             raise ConfigError(f"split = {split!r}: {data} is the split {folder.name!r}; name the folder above it")
         folder, split = folder.parent, folder.name
     if is_remote(data) or not folder.is_dir() or not _in_layout(folder):
+        said = ""
         if split is not None:
             if is_remote(data) or not folder.is_dir():
                 raise ConfigError(f"split = {split!r}: {data} is no folder of splits; leave --split out")
-            data = str(folder / f"{split}-*.tar")
+            data, said = str(folder / f"{split}-*.tar"), f"{folder.resolve().name}/{split}"
         files, reference = samples.around(data, candidates)
         folders = {Path(file).parent for file in files}
         home = folders.pop() if len(folders) == 1 and not any(map(is_remote, files)) else None
         name = Path(data.split("::")[0].rstrip("/"))
-        said = name.name if name.is_dir() else "/".join([*name.parts[-2:-1], name.name])
+        said = said or (name.name if name.is_dir() else "/".join([*name.parts[-2:-1], name.name]))
         return DataSet(said, files, reference, home, "", split or "")
     split = split or "test"
     files = split_files(folder, split)

@@ -103,6 +103,8 @@ def test_a_field_that_is_not_what_the_metric_is_of_is_not_paired() -> None:
     a, b = result(hits(0, 0.5)), result(hits(1, 0.5))
     b["tasks"][0]["metrics"]["acc1"] += 0.01
     assert by_metric(a, b)["acc1"].how == "unpaired"
+    del a["tasks"][0]["outcomes"]["truth"]
+    assert by_metric(a, b)["mean_per_class_recall"].how == "unpaired"
 
 
 def test_what_differs_is_said() -> None:
