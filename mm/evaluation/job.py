@@ -15,6 +15,7 @@ from mm.evaluation.samples import SampleSet
 from mm.evaluation.stream import Stream
 
 if TYPE_CHECKING:
+    from mm.evaluation.data_set import DataSet
     from mm.evaluation.inference import Inference
 
 BATCH = {"image": 256, "text": 256, "draw": 32}  # larger than a user's: the order here is always the same
@@ -25,7 +26,8 @@ class Job:
     """`files`: the held-out shards; `reference`: those that the whole label set and all references come from.
 
     Pictures with their captions are read when a task first asks for `samples`, all at once; `stream` reads the held-out
-    shards a chunk at a time instead, and asks for no captions unless told to. Places are of `samples`.
+    shards a chunk at a time instead, and asks for no captions unless told to. Places are of `samples`. `data` has the
+    class names and templates that lie beside the shards, and their other splits; `workers` decode for streams.
     """
 
     inference: Inference
@@ -34,12 +36,19 @@ class Job:
     settings: dict[str, Any] = field(default_factory=dict)  # limit, steps, guidance, solver, seed, precision
     progress: bool = False
     load: Callable[[str], Any] | None = None  # reads another model, as `mm.models.export.load_export` returns it
+    data: DataSet | None = None
+    workers: int = 0
 
     @cached_property
     def samples(self) -> SampleSet:
         """Of the held-out shards and the reference. Raises ConfigError where no sample has a picture and a caption."""
         files = list(dict.fromkeys([*self.reference, *self.files]))
         return samples.read_samples(files, self.inference.processor("image"), progress=self.progress)
+
+    @property
+    def has_read(self) -> bool:
+        """Whether `samples` are there already: what has them need not read the shards again."""
+        return "samples" in vars(self)
 
     @cached_property
     def held_out(self) -> list[int]:
@@ -80,4 +89,5 @@ class Job:
     def stream(self, files: Sequence[str] | None = None, **options: Any) -> Stream:
         """The held-out shards, or other ones, in chunks; options as those of `Stream`."""
         options.setdefault("progress", "reading pictures" if self.progress else "")
+        options.setdefault("workers", self.workers)
         return Stream(files or self.files, self.inference.processor("image"), **options)

@@ -1,4 +1,4 @@
-"""Retrieval between two sets of embeddings, row i of one belonging to row i of the other."""
+"""Retrieval between two sets of embeddings: pairs, row i of one belonging to row i of the other, or several to one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+MOST_NUMBERS = 1 << 25  # similarities held at once
 
 
 def ranks(queries: Tensor, bank: Tensor, block: int = 1024) -> Tensor:
@@ -42,3 +44,41 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Places `[B, k]` in `bank` and cosines `[B, k]` of the nearest to each query, nearest first; unit-norm rows."""
     cosines, places = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
     return places, cosines
+
+
+def found_within(
+    queries: Tensor, bank: Tensor, own: Tensor, ks: Sequence[int], most: int = MOST_NUMBERS
+) -> dict[int, Tensor]:
+    """By k, bool `[Q]`: whether one of a query's own rows of `bank` is among the k nearest to it.
+
+    `queries` `[Q, E]`, `bank` `[N, E]`, `own` int64 `[Q, P]`: places in the bank, filled up with -1. `most` numbers of
+    the similarities are held at once. Of rows that are equally near, those count as nearer that `torch.topk` names
+    first: what CLIP_benchmark does, where one caption of two pictures makes such ties.
+    """
+    parts: dict[int, list[Tensor]] = {k: [] for k in ks}
+    rows = max(1, most // max(1, len(bank)))
+    for start in range(0, len(queries), rows):
+        similarity = queries[start : start + rows] @ bank.T  # [b, N]
+        mine = own[start : start + rows]
+        values = similarity.gather(1, mine.clamp_min(0)).masked_fill(mine < 0, -torch.inf)
+        best = values.amax(1, keepdim=True)
+        ahead = (similarity > best).sum(1)
+        level = (similarity == best).sum(1) > (values == best).sum(1)
+        tied = level.nonzero()[:, 0]
+        for k in ks:
+            hit = ahead < k
+            if len(tied):
+                places = similarity[tied].topk(min(k, len(bank)), dim=1).indices  # [t, k or N]
+                hit[tied] = (places[:, :, None] == mine[tied][:, None, :]).flatten(1).any(1)
+            parts[k].append(hit)
+    return {k: torch.cat(found) for k, found in parts.items()}
+
+
+def own_rows(counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Of images with so many captions each, in order: own captions of each image `[I, P]`, own image of each caption
+    `[T, 1]`, as `found_within` takes them."""
+    own, start = torch.full((len(counts), max(counts)), -1), 0
+    for row, count in enumerate(counts):
+        own[row, :count] = torch.arange(start, start + count)
+        start += count
+    return own, torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[:, None]

@@ -1,16 +1,10 @@
-"""A trained model measured on held-out shards: zero-shot classification, retrieval, and drawing from captions."""
+"""A trained model measured on held-out shards by some tasks: what it is called with, and what comes out."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import math
 import os
-import platform
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,223 +12,189 @@ import torch
 from torch import Tensor
 
 from mm.config import ConfigError, TrainConfig
-from mm.evaluation import samples
-from mm.evaluation.added import retrieval_with
-from mm.evaluation.images import pixel_rank, write_whole
+from mm.evaluation import hashes, rows, samples
+from mm.evaluation.data_set import DataSet, data_set
 from mm.evaluation.inference import Inference
-from mm.evaluation.job import BATCH, Job
-from mm.evaluation.retrieval import recall
+from mm.evaluation.job import Job
+from mm.evaluation.outcome import Outcome
+from mm.evaluation.share import SKIN, Share
+from mm.evaluation.summary import headlines, summary
+from mm.evaluation.task import Task, read_tasks
+from mm.evaluation.versions import commit, versions
 from mm.fields import suggestion
 from mm.models.export import find_export, load_export
+from mm.models.fingerprint import model_hash
 
 if TYPE_CHECKING:
     from mm.models.model import Model
 
-SKIN = "skin tone"  # in a caption: a variant that differs from its neighbours in one colour
-NEAR = 10  # a drawing is right when its picture is among so many nearest
+__all__ = ["SKIN", "Share", "commit", "evaluate", "headlines", "samples", "summary", "versions"]
 
-
-@dataclass
-class Share:
-    """A share of `n` yes-or-no outcomes with its binomial standard error."""
-
-    value: float
-    error: float
-    n: int
-
-    @classmethod
-    def of(cls, outcomes: Iterable[bool]) -> Share:
-        right = [bool(outcome) for outcome in outcomes]
-        value = sum(right) / len(right) if right else math.nan
-        return cls(value, math.sqrt(value * (1 - value) / len(right)) if right else math.nan, len(right))
+TASKS = ("zero_shot", "retrieval", "generation")  # of shards with captions; each has a place of its own in a result
+SHOWN = ("held_out_names", "all_names", "drawing_rank")  # of a record in a result's samples
+DRAWING = {"limit": 200, "steps": 25, "guidance": 3.0, "solver": "euler", "seed": 0}  # as a result tells them
+Loader = Callable[[str], "tuple[Model, dict[str, Tensor], TrainConfig, dict[str, Any]]"]
 
 
 def evaluate(
     run: str | os.PathLike[str],
     *,
     data: str,
-    tasks: Sequence[str] | None = ("zero_shot", "generation"),
+    tasks: Sequence[str] | None = None,
     candidates: str | None = None,
     out: str | os.PathLike[str] | None = None,
-    limit: int = 200,
-    steps: int = 25,
-    guidance: float = 3.0,
-    seed: int = 0,
+    records: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    split: str | None = None,
+    limit: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
     precision: Literal["bf16", "fp32"] = "bf16",
+    workers: int = 0,
     progress: bool = True,
-    load: Callable[[str], tuple[Model, dict[str, Tensor], TrainConfig, dict[str, Any]]] | None = None,
+    load: Loader | None = None,
 ) -> dict[str, Any]:
     """Measures the model of a run folder on the held-out shards `data`; returns the result, and writes it to `out`.
 
-    `candidates`: shards whose captions and pictures are the whole label set and reference set, by default all splits
-    beside `data`. `tasks`: any of zero_shot, retrieval, generation; None is zero_shot and generation where the model
-    can. Generation draws the held-out captions and, where there are train shards, `limit` of theirs, drawing i with
-    seed `seed` + i. Deterministic. `precision` is that of the model's matrix products. `load` reads the model where
-    `run` is no folder of mm's. Raises ConfigError for a run, shards or a task that cannot be used.
+    `data`: shards, or a folder in CLIP_benchmark's layout (`mm.evaluation.data_set`), `split` of it. `candidates`:
+    shards whose captions and pictures are the whole label set and reference set, by default all splits beside `data`.
+    `tasks`: names of shipped ones or paths of TOML files (`mm.evaluation.task`); None is what the data are for, of
+    captions zero_shot and generation where the model can. `limit`, `steps`, `guidance` and `seed` change the setting of
+    that name of each task that has it; `settings` do too, and one that no task has is refused. `out`: a file, or a
+    folder (`mm.evaluation.rows`); `records`: a file of what is known of each sample, .jsonl or .parquet. With `resume`,
+    what lies at `out` is returned as it is where tasks, model and data have the same hashes. `precision` is that of the
+    model's matrix products; `workers` decode pictures. `load` reads the model where `run` is no folder of mm's.
+    Deterministic, and nothing is written before all is measured. Raises ConfigError for a run, shards, a task or a
+    setting that cannot be used.
     """
-    for task in tasks or ():
-        if task not in TASKS:
-            raise ConfigError(f"tasks: no task {task!r}{suggestion(task, TASKS)}; there are {', '.join(TASKS)}")
-    if tasks is not None and (not tasks or limit < 1):
-        raise ConfigError(f"tasks = {list(tasks)}, limit = {limit}: nothing to measure; give a task and a limit of 1")
+    if (tasks is not None and not tasks) or (limit is not None and limit < 1):
+        named = None if tasks is None else list(tasks)
+        raise ConfigError(f"tasks = {named}, limit = {limit}: nothing to measure; give a task and a limit of 1")
+    given = {"limit": limit, "steps": steps, "guidance": guidance, "seed": seed}
+    changes = {name: value for name, value in given.items() if value is not None} | dict(settings or {})
+    chosen = None if tasks is None else _tasks(tasks, changes, settings)
+    if records is not None:
+        rows.check_records(records)
+    where = data_set(data, candidates, split)
     folder = Path(run)
     model, extras, config, note = load_export(find_export(run)) if load is None else load(os.fspath(run))
-    if tasks is None:
-        able = {"zero_shot": config.objectives.contrastive, "generation": config.objectives.diffusion}
-        tasks = [task for task, objective in able.items() if objective is not None]
-    for task in tasks:
-        needs = "diffusion" if task == "generation" else "contrastive"
-        if getattr(config.objectives, needs) is None:
-            raise ConfigError(f"tasks: {task} needs a model trained with objectives.{needs}; name other tasks")
+    chosen = chosen or _tasks(_usual(where, config), changes, settings)
+    for task in chosen:
+        for need in task.needs:
+            if getattr(config.objectives, need) is None:
+                raise ConfigError(f"tasks: {task.name} needs a model trained with objectives.{need}; name other tasks")
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     inference = Inference(model, config, extras)
     inference.bf16 = precision == "bf16"
-    held_out, reference = samples.around(data, candidates)
+    told = {name: changes.get(name, value) for name, value in DRAWING.items()} | {"precision": precision}
     job = Job(
         inference,
-        files=held_out,
-        reference=reference,
-        settings={"limit": limit, "steps": steps, "guidance": guidance, "solver": "euler", "seed": seed}
-        | {"precision": precision},
+        files=where.files,
+        reference=where.reference,
+        settings=told,
         progress=progress,
+        load=load,
+        data=where,
+        workers=workers,
     )
-    read = job.samples
-    result: dict[str, Any] = {
-        "run": folder.resolve().name if folder.exists() else os.fspath(run),
-        "step": int(note["step"]) if str(note.get("step", "")).isdigit() else None,
-        "seed": config.run.seed,
-        "data": [Path(file).name for file in held_out],
-        "held_out": len(job.held_out),
-        "candidates": len(job.candidates),
-        "unusable": read.unusable,
-        "settings": job.settings,
+    name = folder.resolve().name if folder.exists() else os.fspath(run)
+    step = int(note["step"]) if str(note.get("step", "")).isdigit() else None
+    said = {**hashes.of_shards(where.files), "reference": hashes.of_shards(where.reference)["data"]}
+    said |= {"words": where.words_hash(), "model": model_hash(inference)[: hashes.LENGTH]}
+    about: dict[str, Any] = {
+        "dataset": where.name,
+        **_called(name, step),
+        "hashes": said,
+        "seeds": {"run": config.run.seed, "bootstrap": 0},
         "versions": versions(),
         "commit": commit(),
-        "seconds": {},
-        "samples": [{"key": read.keys[place], "caption": read.captions[place]} for place in job.held_out],
     }
-    for task in dict.fromkeys(tasks):
+    if resume and out is not None and (records is None or Path(records).is_file()):
+        before = rows.unchanged(out, chosen, said, told)
+        if before is not None:
+            return before
+    result: dict[str, Any] = {
+        "run": name,
+        "step": step,
+        "seed": config.run.seed,
+        "data": [Path(file).name for file in where.files],
+        "split": where.split,
+        "held_out": 0,
+        "candidates": 0,
+        "unusable": 0,
+        "settings": told,
+        "versions": about["versions"],
+        "commit": about["commit"],
+        "seconds": {},
+        "samples": [],
+        "tasks": [],
+    }
+    found: list[tuple[str, Outcome]] = []
+    for task in chosen:
         started = time.perf_counter()
-        result[task] = TASKS[task](job, result["samples"])
-        result["seconds"][task] = round(time.perf_counter() - started, 2)
+        outcome = task.run(job)
+        result["seconds"][task.name] = round(time.perf_counter() - started, 2)  # apart: all else repeats itself
+        own = task.name in TASKS and task.name == task.kind
+        if own:
+            result[task.name] = outcome.detail
+        result["tasks"].append(rows.row(task, outcome, about, {} if own else None))
+        found.append((task.name, outcome))
+    _count(result, job, [outcome for _, outcome in found])
     if out is not None:
-        write_whole(out, (json.dumps(result, indent=1) + "\n").encode())
+        rows.write_results(result, out)
+    if records is not None:
+        rows.write_records(records, found)
     return result
 
 
-def _zero_shot(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Top-1 and top-5 of the held-out pictures, labels being the held-out names or all names; equal names are one."""
-    embeddings, truth = job.pictures(job.held_out), job.captions(job.held_out)
-    found: dict[str, Any] = {}
-    for name, places in (("held_out_names", job.held_out), ("all_names", job.candidates)):
-        others = job.left_out if name == "all_names" else []
-        labels = list(dict.fromkeys([*job.captions(places), *truth, *others]))
-        guesses = (embeddings @ job.texts(labels).T).topk(min(5, len(labels)), dim=1).indices.tolist()
-        for record, row in zip(records, guesses, strict=True):
-            record[name] = [labels[guess] for guess in row]
-        hits = {k: [record["caption"] in record[name][:k] for record in records] for k in (1, 5)}
-        found[name] = {"labels": len(labels), **{f"top{k}": asdict(Share.of(hit)) for k, hit in hits.items()}}
-        found[f"{name}_without_skin_tones"] = {
-            "labels": len(labels),  # all of them: only pictures are left out
-            **{f"top{k}": asdict(_without_skin(hit, truth)) for k, hit in hits.items()},
-        }
-    return found
+def _tasks(names: Sequence[str], changes: Mapping[str, Any], must: Mapping[str, Any] | None) -> list[Task]:
+    """The tasks with what is changed of their settings; every name in `must` is one that some task has."""
+    chosen = read_tasks(names, changes)
+    known = list(dict.fromkeys(key for task in chosen for key in task.settings))
+    for key in must or {}:
+        if key not in known:
+            there = ", ".join(task.name for task in chosen)
+            raise ConfigError(f"{key}: {there} has no such setting{suggestion(key, known)}")
+    return chosen
 
 
-def _retrieval(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Recall among the held-out pairs, both ways; in `modalities` also of those that the config adds."""
-    pooled = {"image": job.pictures(job.held_out), "text": job.texts(job.captions(job.held_out))}
-    found: dict[str, Any] = {"pairs": len(job.held_out), **recall(pooled["image"], pooled["text"])}
-    if job.inference.config.model.modalities:
-        names = [(job.samples.shards[place], job.samples.keys[place]) for place in job.held_out]
-        found["modalities"] = retrieval_with(job.inference, job.files, names, pooled, progress=job.progress)
-    return found
+def _usual(where: DataSet, config: TrainConfig) -> list[str]:
+    """The tasks that data are for, or of captions what the model can."""
+    if where.type:
+        return [where.type]
+    able = {"zero_shot": config.objectives.contrastive, "generation": config.objectives.diffusion}
+    return [task for task, objective in able.items() if objective is not None]
 
 
-def _generation(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """How often the right picture is among the nearest to what is drawn from its caption."""
-    train = samples.evenly(job.train, job.settings["limit"])
-    wanted = [*train, *job.held_out]
-    bank = list(dict.fromkeys([*job.candidates, *job.held_out]))
-    settings = job.settings
-    drawn = job.inference.generate(
-        job.captions(wanted),
-        seeds=range(settings["seed"], settings["seed"] + len(wanted)),
-        steps=settings["steps"],
-        guidance=settings["guidance"],
-        micro_batch=BATCH["draw"],
-        progress=job.progress,
-    )
-    ranks = pixel_rank(drawn, job.samples.images[bank], samples.index_of(wanted, bank)).tolist()
-    for record, rank in zip(records, ranks[len(train) :], strict=True):
-        record["drawing_rank"] = rank
-    near = [rank < NEAR for rank in ranks]
-    ours, theirs = near[: len(train)], near[len(train) :]
-    found: dict[str, Any] = {"references": len(bank), "near": NEAR}
-    for name, hits, places in (("train", ours, train), ("held_out", theirs, job.held_out)):
-        if places:
-            found[name] = asdict(Share.of(hits))
-            found[f"{name}_without_skin_tones"] = asdict(_without_skin(hits, job.captions(places)))
-    return found
+def _called(name: str, step: int | None) -> dict[str, str]:
+    """`model` and `pretrained`, as open_clip names them; of a run its folder and step."""
+    if name.startswith("open_clip:"):
+        model, _, tag = name.removeprefix("open_clip:").partition("@")
+        if not tag and not model.startswith("local-dir:"):
+            model, _, tag = model.rpartition("/") if "/" in model else (model, "", "")
+        if model.startswith("local-dir:"):
+            model = Path(model.removeprefix("local-dir:")).name
+        return {"model": model, "pretrained": Path(tag).name}
+    return {"model": name, "pretrained": "" if step is None else f"step-{step}"}
 
 
-TASKS = {"zero_shot": _zero_shot, "retrieval": _retrieval, "generation": _generation}
-
-
-def _without_skin(hits: Sequence[bool], captions: Sequence[str]) -> Share:
-    return Share.of(hit for hit, caption in zip(hits, captions, strict=True) if SKIN not in caption)
-
-
-def versions() -> dict[str, str]:
-    """Of what a result depends on."""
-    try:
-        ours = importlib.metadata.version("mm")
-    except importlib.metadata.PackageNotFoundError:
-        ours = "not installed"
-    return {"mm": ours, "python": platform.python_version(), "torch": torch.__version__}
-
-
-def commit() -> str | None:
-    """The commit of this code where it runs from a git checkout, "-dirty" if files differ from it; else None."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def headlines(result: dict[str, Any]) -> dict[str, Share]:
-    """The shares of a result that are worth a line each, by what they say."""
-    wanted = {
-        "zero-shot top-1, held-out names": ("zero_shot", "held_out_names", "top1"),
-        "zero-shot top-1, all names": ("zero_shot", "all_names", "top1"),
-        "… held-out names, without skin tones": ("zero_shot", "held_out_names_without_skin_tones", "top1"),
-        "… all names, without skin tones": ("zero_shot", "all_names_without_skin_tones", "top1"),
-        "drawing, training captions": ("generation", "train"),
-        "drawing, held-out captions": ("generation", "held_out"),
-        "… held-out captions, without skin tones": ("generation", "held_out_without_skin_tones"),
-    }
-    found = {}
-    for title, path in wanted.items():
-        node: Any = result
-        for part in path:
-            node = node.get(part) if isinstance(node, dict) else None
-        if node is not None:
-            found[title] = Share(**node)
-    return found
-
-
-def summary(result: dict[str, Any]) -> str:
-    """A result as a few lines for a terminal."""
-    lines = [
-        f"{title:<40} {100 * share.value:5.1f} % ± {100 * share.error:.1f}  (n = {share.n})"
-        for title, share in headlines(result).items()
-    ]
-    retrieval = result.get("retrieval", {})
-    recalls = {**retrieval, **retrieval.get("modalities", {})}
-    lines += [f"{name:<40} {100 * value:5.1f} %" for name, value in recalls.items() if "@" in name]
-    return "\n".join(lines)
+def _count(result: dict[str, Any], job: Job, outcomes: Sequence[Outcome]) -> None:
+    """How many samples there were, and with captions which: each once, with what tasks of captions say of it."""
+    if job.has_read:
+        read = job.samples
+        keys, words = read.keys, read.captions
+        result |= {"held_out": len(job.held_out), "candidates": len(job.candidates), "unusable": read.unusable}
+        result["samples"] = [{"key": keys[place], "caption": words[place]} for place in job.held_out]
+    else:
+        result["held_out"] = result["candidates"] = max((len(one.records) for one in outcomes), default=0)
+        result["unusable"] = max((int(one.detail.get("unusable", 0)) for one in outcomes), default=0)
+        told = next((one.records for one in outcomes if one.records and "caption" in one.records[0]), [])
+        result["samples"] = [{"key": record["key"], "caption": record["caption"]} for record in told]
+    keys = [sample["key"] for sample in result["samples"]]
+    for outcome in outcomes:
+        records = [record for record in outcome.records if record.get("split") != "train"]
+        if [record["key"] for record in records] == keys:
+            for sample, record in zip(result["samples"], records, strict=True):
+                sample |= {name: record[name] for name in SHOWN if name in record}

@@ -172,6 +172,10 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         ("classify r x.png --labels a --labels-file f", "once"),
         ("evaluate r", "--data"),
         ("evaluate r --data d --tasks ,", "--tasks"),
+        ("evaluate r --data d --resume", "--out"),
+        ("evaluate r --data d --temperature 0", "must be a number above 0"),
+        ("compare a.json", "B"),
+        ("compare nowhere.json b.json", "nowhere.json: cannot be read"),
         ("train --run.steps 5 configs/debug.py", "config file comes first"),
         ("train nowhere.py", "nowhere.py"),
     ],
@@ -349,3 +353,18 @@ def test_evaluate_hands_on_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
         (("r",), {"data": "d", "tasks": tasks, "candidates": None, "out": "o.json", "progress": show}),
         (("r",), {"data": "d", "tasks": None, "candidates": "l", "out": None, "progress": show}),
     ]
+    flags = "--split test --steps 3 --templates openai --precision fp32 --workers 2 --records x.jsonl --resume --out o"
+    assert main(["evaluate", "r", "--data", "d", *flags.split()]) == 0
+    assert run.calls[2][1] == {
+        "data": "d",
+        "tasks": None,
+        "candidates": None,
+        "out": "o",
+        "progress": show,
+        "split": "test",
+        "precision": "fp32",
+        "workers": 2,
+        "records": "x.jsonl",
+        "resume": True,
+        "settings": {"steps": 3, "templates": "openai"},
+    }
