@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from random_model import load_random, pictures, save_random, tiny
+from tiny_clips import tiny_clip
 
 import mm
 from mm.api import LoadedModel
@@ -90,6 +91,17 @@ def test_weights_are_the_mean_of_unit_embeddings_whatever_is_encoded_at_once(
     assert torch.equal(label_weights.encode_labels(model.inference, LABELS, templates), weights)
     alone = model.classifier(LABELS[7:8], templates).weights
     assert torch.equal(alone[0], weights[7]), "a label's bits depend on its company"
+
+
+def test_weights_of_a_clip_are_those_that_open_clip_makes(tmp_path: Path) -> None:
+    import open_clip
+    from open_clip.zero_shot_metadata import SIMPLE_IMAGENET_TEMPLATES
+
+    theirs, name = tiny_clip(tmp_path / "clip")
+    labels, tokenizer = read_labels("imagenet")[::101], open_clip.SimpleTokenizer(context_length=16)
+    expected = open_clip.build_zero_shot_classifier(theirs, tokenizer, labels, SIMPLE_IMAGENET_TEMPLATES).T
+    weights = mm.load(name, device="cpu").classifier(labels, "simple").weights
+    torch.testing.assert_close(weights, expected, atol=2e-6, rtol=0)  # float32, another order of sums
 
 
 def test_memory_holds_a_slice_of_texts_at_a_time(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
