@@ -126,13 +126,23 @@ class ByDrawing:
         see = self.inference.processor("image")
         return Predictions(self.labels, self.scores_of_images, see, shards, progress=progress, **options)
 
+    def opinions(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both opinions on each candidate of uint8 `[B, 3, H, W]`: places in `labels`, log p (sigmoid: logit), score.
+
+        int64 and twice float64 `[B, K]`; the score is the mean over all levels, and no label is dropped.
+        """
+        _, places, prior = self._candidates(images)
+        levels = self.options.levels
+        title = "drawing" if self.progress else ""
+        scores = self.explainer.scores(self.explainer.latents(images), places, range(levels), title) / levels
+        return places, prior, scores
+
     def calibrate(self, images: Sequence[Image.Image] | Tensor, truth: Tensor | Sequence[int | str]) -> Fusion:
         """Sets `options.alpha` and `beta` to what gives the true labels of some images the highest likelihood.
 
         `images`: pictures, or uint8 `[N, 3, H, W]` at the model's size; `truth`: the right label of each, or its place
-        in `labels`. Images whose right label is no candidate say nothing and are left out. No label is dropped
-        meanwhile, so that it costs K x levels forwards an image. Raises ValueError where nothing is left or the
-        arguments do not fit.
+        in `labels`. Images whose right label is no candidate say nothing and are left out. Costs K x levels forwards
+        an image. Raises ValueError where nothing is left or the arguments do not fit.
         """
         if not isinstance(images, Tensor):
             columns = self.inference.prepare("image", images)
@@ -140,13 +150,12 @@ class ByDrawing:
         wanted = self._places(truth)
         if len(wanted) != len(images):
             raise ValueError(f"truth: {len(wanted)} labels for {len(images)} images; give one for each")
-        _, places, prior = self._candidates(images)
-        hits = places == wanted[:, None]
-        told = hits.any(1).nonzero()[:, 0]
+        told = (self._candidates(images)[1] == wanted[:, None]).any(1).nonzero()[:, 0]
         if not len(told):
             raise ValueError(f"truth: of {len(images)} images none has its label among the candidates; give more")
-        scores = self._scores(images[told], places[told], range(self.options.levels))
-        found = fit(prior[told], scores / self.options.levels, hits[told].int().argmax(1), free=self.base is not None)
+        places, prior, scores = self.opinions(images[told])
+        own = (places == wanted[told, None]).int().argmax(1)
+        found = fit(prior, scores, own, free=self.base is not None)
         self.options.alpha, self.options.beta = found.alpha, found.beta
         return found
 
@@ -204,10 +213,6 @@ class ByDrawing:
         for stayed, gone, behind in reversed(dropped):
             found = found.scatter(1, gone, found.gather(1, stayed).amin(1, keepdim=True) + behind)
         return found
-
-    def _scores(self, images: Tensor, places: Tensor, levels: Sequence[int]) -> Tensor:
-        title = "drawing" if self.progress else ""
-        return self.explainer.scores(self.explainer.latents(images), places, levels, title)
 
 
 def classifier(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LEVELS = 1000  # stream of the first level's noise; each level has its own, training and drawing use others
 SMALLEST = 1e-12  # mean squared error that counts as none: its logarithm must be a number
-_ROWS = 8  # noisy images in a forward, for each picture that is drawn in one
+_ROWS = 16  # noisy images in a forward, for each picture that is drawn in one
 
 
 class Explainer:
