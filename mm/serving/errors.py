@@ -58,6 +58,11 @@ def over(name: str, flag: str, value: Any, limit: Any, unit: str, status: int = 
     return ApiError(status, message, param=name.split("[")[0], code="limit_exceeded")
 
 
+def failed() -> ApiError:
+    """500: the traceback goes to the server's log, and nothing of it to the client."""
+    return ApiError(500, "the server failed; its log says why", code="internal_error")
+
+
 def short(value: Any) -> str:
     """A value as an error quotes it: one line, bounded."""
     if isinstance(value, (dict, list)):
@@ -105,8 +110,7 @@ async def _validation(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _unexpected(_request: Request, _error: Exception) -> JSONResponse:
-    """The traceback goes to the server's log, and nothing of it to the client."""
-    return _answer(ApiError(500, "the server failed; its log says why", code="internal_error"))
+    return _answer(failed())
 
 
 def install(app: FastAPI) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from mm.serving.body import BoundedRequest
-from mm.serving.errors import ApiError, ErrorBody
+from mm.serving.errors import ApiError, ErrorBody, failed
 from mm.serving.service import RETRY, Service
 
 JSON = "application/json"
@@ -42,29 +45,39 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 MODEL_REFUSALS = refusals(400, 404, 408, 413, 415, 429, 500, 503)  # of an endpoint that runs the model
 
 
-class KeyRoute(APIRoute):
-    """An endpoint that asks for the key, if there is one. Nothing of the request is read before."""
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        inner = super().get_route_handler()
+
+class KeyRoute(APIRoute):
+    """An endpoint that asks for the key, if there is one: nothing of the request is read before."""
+
+    def get_route_handler(self) -> Handler:
+        inner = self.around(super().get_route_handler())
 
         async def handle(request: Request) -> Response:
             check_key(request)
-            return await inner(request)
+            try:
+                return await inner(request)
+            except (HTTPException, RequestValidationError):
+                raise
+            except Exception as error:  # starlette would answer too, and then have the connection closed
+                traceback.print_exception(error)
+                raise failed() from error
 
         return handle
 
+    def around(self, inner: Handler) -> Handler:
+        return inner
 
-class ModelRoute(APIRoute):
+
+class ModelRoute(KeyRoute):
     """An endpoint that runs the model. Media types other than JSON are those that its `openapi_extra` names."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        inner = super().get_route_handler()
+    def around(self, inner: Handler) -> Handler:
         described = (self.openapi_extra or {}).get("requestBody", {}).get("content", {})
         accepted = (JSON, *(media for media in described if media != JSON))
 
         async def handle(request: Request) -> Response:
-            check_key(request)
             service: Service = request.app.state.service
             with service.admitted():
                 bounded = BoundedRequest(request.scope, request.receive)

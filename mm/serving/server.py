@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,8 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn's, without raising the signals again once they have been obeyed."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        in_main = threading.current_thread() is threading.main_thread()  # no other may take signals
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
         before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
             yield
