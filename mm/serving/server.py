@@ -78,7 +78,7 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        timer = asyncio.get_running_loop().call_later(self.service.limits.grace, self.service.close)
+        timer = asyncio.get_running_loop().call_later(self.service.limits.grace, self.service.give_up)
         await super().shutdown(sockets)
         timer.cancel()
         self.service.close()

@@ -80,10 +80,14 @@ class Service:
         for kind, item in self.engine.warm_up():
             self.batcher.put(kind, [item]).result()
 
-    def close(self) -> None:
-        """What has not begun gets 503."""
+    def give_up(self) -> None:
+        """What has not begun gets 503; what runs is finished, and answered."""
         self.closing = True
         self.batcher.close()
+
+    def close(self) -> None:
+        """Nothing is answered any more."""
+        self.give_up()
         self.threads.shutdown(wait=False, cancel_futures=True)
 
 
