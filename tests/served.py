@@ -1,4 +1,4 @@
-"""A real `mm serve` on loopback for tests: uvicorn in a thread of this process, with a random model of the debug size."""
+"""A real server on loopback for tests: uvicorn in a thread of this process, with a random model of the debug size."""
 
 from __future__ import annotations
 
@@ -103,12 +103,19 @@ def until(condition: Callable[[], bool], seconds: float = 10) -> None:
         time.sleep(0.005)
 
 
+def head(path: str, length: int) -> bytes:
+    """The head of a request whose body is said to have so many bytes of JSON."""
+    lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json", f"content-length: {length}"]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
 def raw(url: str, data: bytes, *, wait: float = 10) -> bytes:
-    """What a server answers to these bytes on a connection of their own; all of it where the server closes."""
+    """What a server answers to these bytes on a connection of their own; nothing where it hangs up."""
     host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=wait) as connection:
+    parts: list[bytes] = []
+    hung_up = contextlib.suppress(ConnectionResetError, BrokenPipeError)
+    with hung_up, socket.create_connection((host, int(port)), timeout=wait) as connection:
         connection.sendall(data)
-        parts = []
         while part := connection.recv(65536):
             parts.append(part)
             if b"\r\n\r\n" in b"".join(parts) and b"".join(parts).endswith(b"}"):

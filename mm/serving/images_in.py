@@ -8,7 +8,8 @@ import re
 from typing import TYPE_CHECKING
 
 from mm.data.decode import image
-from mm.serving.errors import ApiError, bad, over, short
+from mm.data.dimensions import dimensions
+from mm.serving.errors import bad, over, short
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,14 +43,10 @@ def from_bytes(data: bytes, param: str, limits: Limits) -> Image.Image:
     """The upright RGB picture in the bytes of a JPEG, PNG or WebP file. Raises ApiError 400."""
     if not data:
         raise bad(f"{param}: is empty; send a picture", param)
+    size = dimensions(data)  # where the header is plain enough to tell; `image` checks whatever it opens
+    if size is not None and size[0] * size[1] > limits.max_pixels:
+        raise over(param, "--max-pixels", f"{size[0]}x{size[1]}", limits.max_pixels, "pixels")
     try:
         return image(data, max_pixels=limits.max_pixels)
     except ValueError as error:
-        raise _refusal(str(error), param, limits) from error
-
-
-def _refusal(words: str, param: str, limits: Limits) -> ApiError:
-    size = re.search(r"image of (\d+x\d+) pixels is over the limit", words)
-    if size:
-        return over(param, "--max-pixels", size[1], limits.max_pixels, "pixels")
-    return bad(f"{param}: {words}", param, "invalid_image")
+        raise bad(f"{param}: {error}", param, "invalid_image") from error

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mm.serving.service import Service
 
 CONNECTIONS = 1000  # at once; more are refused
+HEADER = 32_768  # bytes of a request's head
 LAST = 2.0  # seconds for answers to leave, after all that waited has been given up
 
 
@@ -96,6 +97,7 @@ def configured(app: App, grace: float) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         limit_concurrency=CONNECTIONS,
+        h11_max_incomplete_event_size=HEADER,
         timeout_graceful_shutdown=int(grace + LAST) + 1,
     )
 

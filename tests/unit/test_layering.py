@@ -52,7 +52,10 @@ ROOMS = [
 RANKS = {name: rank for rank, room in enumerate(ROOMS) for name in room}
 SLOW_TO_IMPORT = {"diffusers", "open_clip", "timm", "webdataset", "transformers", "peft", "tensorboard", "matplotlib"}
 SLOW_TO_IMPORT |= {"faiss", "sklearn", "pyarrow", "fastapi", "uvicorn"}
-SERVING = {"fastapi", "uvicorn"}  # mm.serving may: only `mm serve` imports the room, and its routes are made of their types
+SERVING = {
+    "fastapi",
+    "uvicorn",
+}  # mm.serving may: only `mm serve` imports the room, and its routes are made of their types
 BUNDLED = "mm.interop.diffusers_parts."  # copied into exports, where the library is there; nothing of mm imports it
 
 
