@@ -95,7 +95,7 @@ def b64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+def until(condition: Callable[[], Any], seconds: float = 10) -> None:
     """Waits for something that another thread does."""
     end = time.monotonic() + seconds
     while not condition():

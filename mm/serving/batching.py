@@ -22,7 +22,7 @@ Run = Callable[[Kind, list[Any]], Sequence[Any]]  # one result an item
 
 
 class Closing(Exception):
-    """The batcher takes nothing more, and gives up what has not begun."""
+    """The batcher takes nothing more, and has given up what it had taken."""
 
 
 class _Ticket:
@@ -61,7 +61,7 @@ class Batcher:
         self._waiting: OrderedDict[Kind, deque[tuple[_Ticket, int]]] = OrderedDict()  # the kind next in turn first
         self._condition = threading.Condition()
         self._closed = False
-        self.running = 0  # items
+        self._batch: list[tuple[_Ticket, int]] = []  # what runs
         self.batches: Counter[str] = Counter()  # by name of the kind, since the start
         self.done: Counter[str] = Counter()  # items, likewise
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
@@ -72,6 +72,11 @@ class Batcher:
         """Items that have not begun."""
         with self._condition:
             return sum(map(len, self._waiting.values()))
+
+    @property
+    def running(self) -> int:
+        """Items that run."""
+        return len(self._batch)
 
     @property
     def alive(self) -> bool:
@@ -95,12 +100,11 @@ class Batcher:
             self._withdraw(kind, ticket)
 
     def close(self) -> None:
-        """What has not begun is given up, and nothing more is taken; a batch that runs is finished."""
+        """Nothing more is taken, and whoever waits for results gets Closing; a batch that runs ends unheard."""
         with self._condition:
             self._closed = True
-            for queue in self._waiting.values():
-                for ticket, place in queue:
-                    ticket.fill(place, Closing())
+            for ticket, place in [*self._batch, *(entry for queue in self._waiting.values() for entry in queue)]:
+                ticket.fill(place, Closing())
             self._waiting.clear()
             self._condition.notify()
 
@@ -148,7 +152,7 @@ class Batcher:
             self._waiting.move_to_end(kind)
         else:
             del self._waiting[kind]
-        self.running = len(batch)
+        self._batch = batch
         return batch
 
     def _work(self) -> None:
@@ -156,7 +160,7 @@ class Batcher:
             kind, batch = found
             results = list(self._results(kind, [ticket.items[place] for ticket, place in batch]))
             with self._condition:
-                self.running = 0
+                self._batch = []
                 for (ticket, place), result in zip(batch, results, strict=True):
                     ticket.fill(place, result)
 

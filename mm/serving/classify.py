@@ -9,7 +9,7 @@ import torch
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
-from mm.evaluation.zero_shot import Classifier, check_labels, check_templates
+from mm.evaluation.zero_shot import Classifier
 from mm.serving import images_in
 from mm.serving.embeddings import check_text
 from mm.serving.engine import IMAGE, Row, labelling
@@ -45,15 +45,15 @@ async def classify(
         raise bad("candidate_labels: in the query, but the body is JSON; put them into parameters", "candidate_labels")
     else:
         labels, templates = _parameters(asked)
-    kind = labelling(labels, templates)
-    await service.apart(_check_labels, service, labels, templates)
+    classifier = await _classifier(service, labels, templates)
     alone = not isinstance(asked.inputs, list)
     inputs: Sequence[str | bytes] = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
     if len(inputs) > service.limits.max_images:
         raise over("inputs", "--max-images", len(inputs), service.limits.max_images, "pictures")
     rows = [await service.apart(_ready, service, item, place, alone) for place, item in enumerate(inputs)]
     right = [row for row in rows if not isinstance(row, ApiError)]
-    scores = iter(await _scores(service, kind, right))
+    vectors = await service.run(IMAGE, right)
+    scores = iter(await service.apart(_sorted, classifier, torch.stack(vectors)) if vectors else ())
     answers = [row.body() if isinstance(row, ApiError) else next(scores) for row in rows]
     return JSONResponse(answers[0] if alone else answers)
 
@@ -66,16 +66,21 @@ def _parameters(asked: ClassifyRequest) -> tuple[list[str], list[str]]:
     return asked.parameters.candidate_labels, templates
 
 
-def _check_labels(service: Service, labels: list[str], templates: list[str]) -> None:
-    """Raises ApiError 400, or ValueError in the classifier's own words."""
+async def _classifier(service: Service, labels: list[str], templates: list[str]) -> Classifier:
+    """Made now, or kept from before. Raises ApiError 400, for most faults in the model's own words."""
+    kind = labelling(labels, templates)
+    found = service.engine.classifier(kind)
+    if found is None:
+        await service.apart(_check_texts, service, labels, templates)
+        found = (await service.run(kind, [None]))[0]
+    return found
+
+
+def _check_texts(service: Service, labels: list[str], templates: list[str]) -> None:
     limits = service.limits
     if len(labels) * len(templates) > limits.max_labels:
         count = f"{len(labels)} labels x {len(templates)}"
         raise over("candidate_labels", "--max-labels", count, limits.max_labels, "templates")
-    check_labels(labels)
-    check_templates(templates)
-    if service.engine.classifier(labelling(labels, templates)) is not None:
-        return
     for name, texts in (("candidate_labels", labels), ("hypothesis_template", templates)):
         for place, text in enumerate(texts):
             if len(text) > limits.max_chars:
@@ -97,16 +102,8 @@ def _ready(service: Service, item: str | bytes, place: int, alone: bool) -> Row 
         return error
 
 
-async def _scores(service: Service, kind: Any, rows: list[Row]) -> list[list[dict[str, Any]]]:
-    """For each picture its labels, best first; equal ones in the order that they were given in."""
-    if not rows:
-        return []
-    classifier = service.engine.classifier(kind) or (await service.run(kind, [None]))[0]
-    vectors = torch.stack(await service.run(IMAGE, rows))
-    return await service.apart(_sorted, classifier, vectors)
-
-
 def _sorted(classifier: Classifier, vectors: torch.Tensor) -> list[list[dict[str, Any]]]:
+    """For each picture its labels, best first; equal ones in the order that they were given in."""
     answers = []
     for row in classifier.probabilities(vectors).tolist():
         pairs = sorted(zip(classifier.labels, row, strict=True), key=lambda pair: -pair[1])

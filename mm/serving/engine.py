@@ -99,7 +99,7 @@ class Engine:
         assert isinstance(kind.settings, tuple)
         steps, guidance, solver, negative = kind.settings
         prompts, seeds = [prompt for prompt, _ in asked], [seed for _, seed in asked]
-        options: dict[str, Any] = {} if negative is None else {"negative": [negative] * len(asked)}
+        options: dict[str, Any] = {} if negative is None else {"negative": negative}
         return self.model.generate(prompts, seeds=seeds, steps=steps, guidance=guidance, solver=solver, **options)
 
     def _classifier(self, kind: Kind, items: list[None]) -> list[Classifier]:

@@ -25,7 +25,7 @@ class Limits:
     max_batch: int = limit(64, "items that run together (pictures: 32, drawings: 8 at most)")
     max_wait_ms: float = limit(5.0, "milliseconds a request waits for others to run with", 0)
     timeout: float = limit(120.0, "seconds a request may take in all; then it gets 408 or 503", 0.001)
-    grace: float = limit(30.0, "seconds that running requests have to finish once stopped", 0)
+    grace: float = limit(30.0, "seconds that requests have to finish once it is stopped; then they get 503", 0)
     label_cache: int = limit(64, "label sets whose encoded labels are kept")
 
     @property

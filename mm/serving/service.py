@@ -81,7 +81,7 @@ class Service:
             self.batcher.put(kind, [item]).result()
 
     def give_up(self) -> None:
-        """What has not begun gets 503; what runs is finished, and answered."""
+        """Whoever still waits for the model gets 503."""
         self.closing = True
         self.batcher.close()
 

@@ -156,7 +156,7 @@ def test_options_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tiny_model(), "generate", generate)
         body = {"prompt": "cat", "n": 2, "negative_prompt": "blue", "steps": 4, "guidance": 3, "solver": "heun"}
         assert server.post("/v1/images/generations", body).status_code == 200
-    options = {"seeds": [0, 1], "steps": 4, "guidance": 3.0, "solver": "heun", "negative": ["blue", "blue"]}
+    options = {"seeds": [0, 1], "steps": 4, "guidance": 3.0, "solver": "heun", "negative": "blue"}
     assert asked == [(["cat", "cat"], options)]
 
 
