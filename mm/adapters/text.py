@@ -142,15 +142,16 @@ class TextProcessor(Processor):
         return {"ids": self._encode(raw)}
 
     def _encode(self, text: str) -> np.ndarray:
-        if text not in self._cache:
+        found = self._cache.get(text)  # looked up once: another thread may clear it meanwhile
+        if found is None:
             ids = self.tokenizer.encode(text)
             if len(ids) > self.context_length:
                 kept = getattr(self.tokenizer, "tail", 1)  # the end token; a hub's may have none, or two
                 ids = [*ids[: self.context_length - kept], *ids[len(ids) - kept :]]
             if len(self._cache) > 65536:  # bounded: captions of a large corpus hardly repeat
                 self._cache.clear()
-            self._cache[text] = np.asarray(ids, dtype=np.int64)
-        return self._cache[text]
+            found = self._cache[text] = np.asarray(ids, dtype=np.int64)
+        return found
 
     def collate(self, items: Sequence[dict[str, np.ndarray]]) -> tuple[Tensor, Tensor]:
         """ids int64 `[B, context_length]` and lengths `[B]`."""
