@@ -30,6 +30,7 @@ from mm.models.model import Model
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mm.evaluation.by_drawing import ByDrawing
     from mm.evaluation.drawing import Callback
 
 EXPORT = "export"  # in a run folder
@@ -70,7 +71,7 @@ class LoadedModel:
         cache: bool | str | os.PathLike[str] | None = None,
         progress: bool = False,
         **options: Any,
-    ) -> Classifier:
+    ) -> Classifier | ByDrawing:
         """A zero-shot classifier whose labels are encoded here, once; asked for again, not even that.
 
         `labels`: a list, or "imagenet"; `templates`: a list with `{}` where the label goes, or "openai" (80) or

@@ -53,7 +53,7 @@ class Explainer:
         def encode(pixels: Tensor) -> Items:
             return (model.latents.encode(pixels.to(model.device)).float(),)
 
-        return self.inference._run(encode, (images,), self.inference._size("draw"))[0]
+        return self.inference.run(encode, (images,), self.inference.size("draw"))[0]
 
     def scores(self, latents: Tensor, candidates: Tensor, levels: Sequence[int], label: str = "") -> Tensor:
         """float64 `[B, K]`: minus the log of the mean squared error, summed over some of the levels.
@@ -66,13 +66,13 @@ class Explainer:
         """
         count, found = candidates.numel(), torch.zeros(candidates.shape, dtype=torch.float64)
         pairs = (torch.arange(len(candidates)).repeat_interleave(candidates.shape[1]), candidates.flatten())
-        alone = self.inference._size("draw") == 1  # then an item's place must be always the same
-        rows = _ROWS * self.inference._size("draw")
+        alone = self.inference.size("draw") == 1  # then an item's place must be always the same
+        rows = _ROWS * self.inference.size("draw")
         pieces = [levels[start : start + rows] for start in range(0, len(levels), rows)] if count else []
         for number, piece in enumerate(pieces, 1):
             size = 1 if alone else max(1, rows // len(piece))
             bar = label and (label if len(pieces) == 1 else f"{label}, part {number} of {len(pieces)}")
-            errors = self.inference._run(_Errors(self, latents, piece), pairs, size, bar)[0].cpu()  # [B K, R]
+            errors = self.inference.run(_Errors(self, latents, piece), pairs, size, bar)[0].cpu()  # [B K, R]
             # image by image: of a logarithm, the last bit may depend on the place in a tensor
             for row, part in zip(found, errors.double().clamp_min(SMALLEST).unflatten(0, found.shape), strict=True):
                 row -= part.log().sum(1)
