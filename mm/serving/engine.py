@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ class Engine:
         if found is None:
             assert isinstance(kind.settings, tuple)
             labels, templates = kind.settings
-            found = self.model.classifier(labels, templates=templates)
+            found = cast("Classifier", self.model.classifier(labels, templates=templates))
             with self._lock:
                 self._classifiers[kind] = found
                 while len(self._classifiers) > self._label_cache:
