@@ -136,8 +136,8 @@ class LoadedModel:
         `callback(step, steps, preview)` is called after each step; `preview()` gives the pictures as they are.
         `picture.info["mm"]` says how each was drawn. Raises ValueError where lengths differ or a number cannot work.
         """
-        from mm.evaluation.drawing import Settings
         from mm.evaluation.generation import generate
+        from mm.evaluation.sampling import Settings
 
         if autoguide is not None and not isinstance(autoguide, LoadedModel):
             raise ValueError(f"autoguide: must be a loaded model, not {type(autoguide).__name__}; give mm.load(...)")

@@ -6,20 +6,19 @@ Letters: B pictures, E embedding, C H W picture or latents, L text tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mm.config import ConfigError
-from mm.diffusion.guidance import EVERYWHERE, guided, within
+from mm.diffusion.guidance import guided, within
 from mm.diffusion.noise import normal
-from mm.diffusion.sampler import SOLVERS, Predict, Solver, sample
+from mm.diffusion.sampler import Predict, sample
 from mm.diffusion.schedule import Schedule
 from mm.evaluation import given
 from mm.evaluation.redraw import Redraw
-from mm.fields import suggestion
+from mm.evaluation.sampling import Settings
 from mm.types import Encoded, Tokens
 
 if TYPE_CHECKING:
@@ -28,41 +27,9 @@ if TYPE_CHECKING:
     from mm.evaluation.inference import Inference, Items
 
 NOISE = 0  # stream of a picture's first noise; training uses others
-MOST_STEPS = 10_000
-MOST_GUIDANCE = 1_000  # either way: far above what draws anything, and float32 never overflows
 
 Preview = Callable[[], "list[Image.Image | None]"]
 Callback = Callable[[int, int, Preview], None]  # steps done of the whole call, steps in all, the pictures as they are
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all pictures of a call have in common. Raises ValueError where a number cannot work."""
-
-    steps: int = 25
-    guidance: float = 2.0
-    solver: Solver = "euler"
-    interval: tuple[float, float] = EVERYWHERE  # noise levels at which guidance acts
-    strength: float = 0.7  # noise level at which a picture that begins at another one starts
-
-    def __post_init__(self) -> None:
-        if not given.whole(self.steps) or not 1 <= self.steps <= MOST_STEPS:
-            raise ValueError(f"steps = {self.steps}: must be at least 1 and at most {MOST_STEPS:,}, a whole number")
-        if not given.real(self.guidance) or abs(self.guidance) > MOST_GUIDANCE:
-            raise ValueError(f"guidance = {self.guidance}: must be a number up to {MOST_GUIDANCE:,}; 1 is no guidance")
-        if self.solver not in SOLVERS:
-            near = suggestion(str(self.solver), SOLVERS)
-            raise ValueError(f"solver = {self.solver!r}: must be {', '.join(map(repr, SOLVERS))}{near}")
-        if not given.real(self.strength) or not 0 < self.strength <= 1:
-            raise ValueError(f"strength = {self.strength}: must be above 0 and at most 1, which forgets the start")
-        pair = self.interval
-        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(given.real, pair)):
-            raise ValueError(f"interval = {pair!r}: must be two noise levels, such as (0.2, 0.9)")
-        if not 0 <= pair[0] < pair[1] <= 1:
-            raise ValueError(f"interval = {tuple(pair)}: must be 0 <= low < high <= 1; (0, 1) guides everywhere")
-        plain = {"steps": int(self.steps), "guidance": float(self.guidance), "strength": float(self.strength)}
-        for name, value in (plain | {"interval": (float(pair[0]), float(pair[1]))}).items():
-            object.__setattr__(self, name, value)
 
 
 def draw(
@@ -70,7 +37,7 @@ def draw(
     prompts: Sequence[str | None],
     *,
     seeds: Sequence[int] | None = None,
-    settings: Settings = Settings(),
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
     images: Sequence[Image.Image | None] | None = None,
     negative: str | Sequence[str | None] | None = None,
     autoguide: Inference | None = None,

@@ -10,9 +10,10 @@ import torch
 from mm.config import ConfigError
 from mm.diffusion.noise import hash64
 from mm.evaluation import given
-from mm.evaluation.drawing import Callback, Settings, draw
+from mm.evaluation.drawing import Callback, draw
 from mm.evaluation.record import MOST, Record
 from mm.evaluation.redraw import fingerprint
+from mm.evaluation.sampling import Settings
 from mm.models.fingerprint import model_hash
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def generate(
     does, and where there is no prompt to compare with.
     """
     if not given.whole(best_of) or not 1 <= best_of <= MOST:
-        raise ValueError(f"best_of = {best_of}: must be a whole number from 1 to {MOST}")
+        raise ValueError(f"best_of = {given.shown(best_of)}: must be a whole number from 1 to {MOST:,}")
     prompts, best_of = given.texts("prompts", prompts), int(best_of)
     count = len(prompts)
     if best_of > 1:

@@ -8,11 +8,13 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from mm.data.decode import MAX_PIXELS
 
-_DAMAGE = (OSError, SyntaxError, ValueError, AttributeError)  # what Pillow raises; the last where a file was closed
+# what Pillow raises; the last two where the file has been closed
+_DAMAGE = (OSError, SyntaxError, ValueError, AttributeError, AssertionError)
 
 
 def whole(value: Any) -> bool:
@@ -28,6 +30,14 @@ def real(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
+
+
+def shown(value: Any) -> str:
+    """As Python writes it, as much as fits into a line."""
+    try:
+        return " ".join(repr(value).split())[:80]
+    except ValueError:  # Python writes no int of over 4,300 digits
+        return f"one {type(value).__name__}"
 
 
 def items(name: str, given: Any, count: int | None = None) -> list[Any]:
@@ -46,7 +56,7 @@ def items(name: str, given: Any, count: int | None = None) -> list[Any]:
 def texts(name: str, given: Any, count: int | None = None) -> list[str | None]:
     """Each a text or None."""
     if isinstance(given, str):
-        raise ValueError(f"{name} = {given[:80]!r}: must be a list; write [{given[:80]!r}]")
+        raise ValueError(f"{name} = {shown(given)}: must be a list; write [{shown(given)}]")
     found = items(name, given, count)
     for place, words in enumerate(found):
         if words is not None and not isinstance(words, str):
@@ -82,7 +92,10 @@ def _decode(name: str, picture: Any) -> None:
     try:
         picture.load()
     except _DAMAGE as error:
-        raise ValueError(f"{name}: a damaged image ({' '.join(str(error).split())[:160]})") from error
+        reason = " ".join(str(error).split())[:160] or "its file is closed"
+        raise ValueError(f"{name}: a damaged image ({reason})") from error
+    if picture.mode == "F" and not np.isfinite(np.asarray(picture)).all():
+        raise ValueError(f"{name}: not all of its pixels are finite numbers; give levels")
 
 
 def seeds(given: Sequence[int] | None, count: int) -> list[int]:
@@ -90,12 +103,11 @@ def seeds(given: Sequence[int] | None, count: int) -> list[int]:
     found = []
     for place, seed in enumerate(items("seeds", range(count) if given is None else given, count)):
         try:
-            if isinstance(seed, bool):
+            if isinstance(seed, bool) or str(getattr(seed, "dtype", "")).endswith("bool"):
                 raise TypeError
             found.append(operator.index(seed))
         except TypeError as error:
-            words = " ".join(repr(seed)[:40].split())
-            raise ValueError(f"seeds[{place}] = {words}: must be an int, not {type(seed).__name__}") from error
+            raise ValueError(f"seeds[{place}] = {shown(seed)}: must be an int, not {type(seed).__name__}") from error
     if any(not -(2**63) <= number < 2**63 for number in found):
-        raise ValueError(f"seeds: {max(found, key=abs):.3g} has over 63 bits; use a smaller one")
+        raise ValueError(f"seeds: {shown(max(found, key=abs))} has over 63 bits; use a smaller one")
     return found

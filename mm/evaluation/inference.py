@@ -139,7 +139,8 @@ class Inference:
         **options: Any,
     ) -> Tensor:
         """uint8 `[B, 3, H, W]`, picture i from prompt i; see `mm.evaluation.drawing.draw` for all options."""
-        from mm.evaluation.drawing import Settings, draw
+        from mm.evaluation.drawing import draw
+        from mm.evaluation.sampling import Settings
 
         settings = Settings(steps, guidance, solver, interval, strength)
         return draw(self, prompts, seeds=seeds, settings=settings, **options)

@@ -7,13 +7,15 @@ each picture its prompt, seed and settings. The chunk "parameters" says the same
 from __future__ import annotations
 
 import json
-import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
-from mm.evaluation.drawing import MOST_STEPS, Settings
+from mm.diffusion.sampler import SOLVERS
+from mm.evaluation.given import real, whole
+from mm.evaluation.sampling import MOST_STEPS, Settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from mm.diffusion.sampler import Solver
 
 VERSION = 1
-LARGEST = 1 << 20  # characters of the JSON
+LARGEST = 16 << 20  # characters of the JSON
 MOST = 10_000  # pictures in one file
 _HASH = re.compile(r"[0-9a-f]{64}\Z")
 
@@ -73,10 +75,11 @@ def text_chunks(sheet: Sheet) -> PngInfo:
     """For `PIL.Image.save(..., pnginfo=)`."""
     from PIL.PngImagePlugin import PngInfo
 
-    import mm
+    from mm.evaluation.run import versions
 
     info = PngInfo()
-    data = {"version": VERSION, "mm": mm.__version__, **asdict(sheet)}
+    data = {"version": VERSION, "mm": versions()["mm"], **asdict(sheet)}
+    data["run"] = sheet.run.encode("utf-8", "replace").decode()  # a folder's name may be no Unicode
     info.add_itxt("mm", json.dumps(data, ensure_ascii=False))
     info.add_itxt("parameters", f"{sheet.pictures[0].line()}, model: {sheet.model[:12]}")
     return info
@@ -87,11 +90,15 @@ def read_sheet(path: str) -> Sheet:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path, formats=("PNG",)) as image:  # the header and the chunks before the pixels: none decoded
-            text = image.info.get("mm")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # no pixel is decoded here
+            with Image.open(path, formats=("PNG",)) as image:  # reads what stands before them
+                text = image.info.get("mm")
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: not a PNG") from error
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno:  # missing, a folder, no permission: says so itself
+            raise
         raise ValueError(f"{path}: a damaged PNG ({' '.join(str(error).split())[:160]})") from error
     if not isinstance(text, str):
         raise ValueError(f"{path}: says nothing of how it was drawn; give a PNG that mm generate wrote")
@@ -108,9 +115,12 @@ def _sheet(text: str) -> Sheet:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError("not JSON") from error
-    if not isinstance(data, dict) or data.get("version") != VERSION:
-        found = data.get("version") if isinstance(data, dict) else None
-        raise ValueError(f"version {str(found)[:20]} where this mm reads {VERSION}")
+    version = data.get("version") if isinstance(data, dict) else None
+    if not whole(version) or version != VERSION:
+        raise ValueError(f"version {_shown(version)} where this mm reads {VERSION}")
+    names = ["version", "mm", *(item.name for item in fields(Sheet))]
+    if set(data) - set(names):
+        raise ValueError(f"it must be an object with {', '.join(names)}")
     rows = data.get("pictures")
     if not isinstance(rows, list) or not 1 <= len(rows) <= MOST:
         raise ValueError(f"pictures must be a list of 1 to {MOST:,}")
@@ -136,20 +146,24 @@ def _record(row: Any) -> Record:
 def _field(data: dict[str, Any], name: str, check: Callable[[Any], bool]) -> Any:
     value = data.get(name)
     if not check(value):
-        raise ValueError(f"{name} = {str(value)[:40]!r}")
+        raise ValueError(f"{name} = {_shown(value)}")
     return value
 
 
+def _shown(value: Any) -> str:
+    """Some of it, in one line."""
+    if isinstance(value, str):
+        return repr(value[:40])
+    return type(value).__name__ if isinstance(value, list | dict) else repr(value)[:40]
+
+
 def _int(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return whole(value) and low <= value <= high
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str)
+    """Unicode: JSON can write half of a character, which no file or terminal takes."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _hash(value: Any) -> bool:
@@ -168,13 +182,13 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "prompt": _maybe(_text),
     "seed": lambda value: _int(value, -(2**63), 2**63 - 1),
     "steps": lambda value: _int(value, 1, MOST_STEPS),
-    "guidance": _number,
-    "solver": _text,
-    "interval": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_number, value)),
-    "strength": _number,
+    "guidance": real,
+    "solver": lambda value: isinstance(value, str) and value in SOLVERS,
+    "interval": lambda value: isinstance(value, list) and len(value) == 2 and all(map(real, value)),
+    "strength": real,
     "negative": _maybe(_text),
     "best_of": _count,
-    "score": _maybe(_number),
+    "score": _maybe(real),
     "like": _maybe(_hash),
     "start": _maybe(_hash),
     "mask": _maybe(_hash),

@@ -166,7 +166,7 @@ def test_embeddings_can_be_used_under_autograd(model: LoadedModel) -> None:
         (lambda model: model.generate(["a"], steps=0), "steps = 0: must be at least 1"),
         (lambda model: model.generate(["a"], guidance=float("nan")), "guidance = nan"),
         (lambda model: model.generate(["a"], solver="rk4"), "solver = 'rk4'"),
-        (lambda model: model.generate([3]), r"text\[0\]: a text must be a str"),
+        (lambda model: model.generate([3]), r"prompts\[0\]: must be a text or None"),
         (lambda model: model.generate(["a"], seeds=[2**63]), "63 bits"),
         (lambda model: model.encode(imge=[]), "imge: not a modality .* did you mean image"),
         (lambda model: model.encode(text="a cat"), "text: must be a list"),
