@@ -170,6 +170,15 @@ def test_hybrid_without_weight_on_the_drawing_is_the_contrastive_classifier(mode
     torch.testing.assert_close(found, model.classifier(LABELS)(images), rtol=1e-6, atol=0)
 
 
+def test_hybrid_adds_both_opinions_with_their_weights(model: LoadedModel) -> None:
+    classify, images = made(model, "hybrid", levels=3, k=4, alpha=0.5, beta=20.0), prepared(model, 3)
+    places, prior, scores = classify.opinions(images)
+    plain = model.classifier(LABELS)(pictures(3)).double()
+    torch.testing.assert_close(prior, plain.log().gather(1, places))
+    shares = (0.5 * prior + 20 * scores).softmax(1) * plain.gather(1, places).sum(1, keepdim=True)
+    torch.testing.assert_close(classify.scores_of_images(images).double().gather(1, places), shares)
+
+
 def test_hybrid_leaves_labels_that_are_no_candidates_as_they_were(model: LoadedModel) -> None:
     images = pictures(6)
     plain, found = model.classifier(LABELS)(images), made(model, "hybrid", levels=2, beta=500.0, k=3)(images)
@@ -207,7 +216,9 @@ def test_the_fitted_weights_are_the_likeliest() -> None:
     assert found.nll_after == pytest.approx(loss(found.alpha, found.beta))
     for alpha, beta in ((1.03, 1), (0.97, 1), (1, 1.03), (1, 0.97)):
         assert loss(found.alpha * alpha, found.beta * beta) > found.nll_after
-    assert fit(prior, -scores, truth).beta == 0, "what is no help gets no weight"
+    useless, alone = fit(prior, -scores, truth), fit(prior, torch.zeros_like(scores), truth)
+    assert useless.beta == 0, "what is no help gets no weight"
+    assert useless.alpha == pytest.approx(alone.alpha) and useless.nll_after == pytest.approx(alone.nll_after)
     alone = fit(torch.zeros_like(prior), scores, truth, free=False)
     assert alone.alpha == 1 and alone.beta > 10
     certain = fit(prior, torch.nn.functional.one_hot(truth, 5).double(), truth)
