@@ -41,7 +41,7 @@ def sample(
     sigmas = schedule.sampling_sigmas(steps, strength).to(noise.device)
     z = noise * schedule.noise_scale if start is None else schedule.add_noise(start, noise, sigmas[:1])
     if start is not None and redraw is not None:
-        predict = _held(predict, start, redraw)
+        predict = _held(predict, schedule, start, noise, redraw)
     before = None  # the prediction at the level before
     for step in range(steps):
         now, then = sigmas[step].expand(len(z)), sigmas[step + 1].expand(len(z))
@@ -67,11 +67,12 @@ def sample(
     return z
 
 
-def _held(predict: Predict, start: Tensor, redraw: Tensor) -> Predict:
-    """The prediction where `redraw` is True, and `start` elsewhere."""
+def _held(predict: Predict, schedule: Schedule, start: Tensor, noise: Tensor, redraw: Tensor) -> Predict:
+    """The prediction where `redraw` is True, made of a z that elsewhere is the noised `start`; elsewhere `start`."""
 
     def held(z: Tensor, sigma: Tensor) -> Tensor:
-        return torch.where(redraw, predict(z, sigma), start)
+        known = schedule.add_noise(start, noise, sigma)  # z itself strays from it a little below the schedule's floor
+        return torch.where(redraw, predict(torch.where(redraw, z, known), sigma), start)
 
     return held
 

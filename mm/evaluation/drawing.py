@@ -67,6 +67,8 @@ def draw(
         raise ValueError(f"callback: must be a function, not {type(callback).__name__}; or None")
     if autoguide is not None:
         _check_weaker(inference, autoguide, schedule, any(negatives))
+    if any(negatives) and settings.guidance == 1:
+        raise ValueError("negative: guidance = 1 leads away from nothing; give a guidance above 1")
     side = inference.config.model.image.size
     redraw = Redraw(inference.model.latents, side, starts, holes)
     if not count:

@@ -52,6 +52,7 @@ class Inference:
 
     def __init__(self, model: Model, config: TrainConfig, extras: dict[str, Tensor]) -> None:
         self.model, self.config, self.extras = model, config, extras
+        self.fingerprint = ""  # set by mm.models.fingerprint once it was asked for
         self.bf16 = False  # matrix products in bf16, as in training: faster, and what evaluation uses
 
     def processor(self, name: str) -> Processor:

@@ -5,6 +5,7 @@ Letters: B pictures, C H W picture or latents.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mm.adapters.image import ImageProcessor
+from mm.adapters.resample import rgb
 
 if TYPE_CHECKING:
     from mm.adapters.latents import LatentSpace
@@ -92,7 +94,7 @@ class Redraw:
     def _encoded(self, row: int) -> Tensor:
         pixels = self._start[row]
         assert pixels is not None
-        device = next(self.latents.parameters(), torch.empty(0)).device
+        device = next(itertools.chain(self.latents.parameters(), self.latents.buffers()), pixels).device
         with torch.inference_mode():
             return self.latents.encode(pixels[None].to(device)).cpu()
 
@@ -103,8 +105,8 @@ class Redraw:
 
 
 def fingerprint(picture: Image.Image) -> str:
-    """SHA-256 in hex of a picture's size and RGB pixels: whether two files hold the same picture."""
+    """SHA-256 in hex of a picture's size and RGB pixels, on white: whether two files hold the same picture."""
     import hashlib
 
-    pixels = np.asarray(picture.convert("RGB"))
+    pixels = np.asarray(rgb(picture))
     return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()

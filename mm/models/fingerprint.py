@@ -17,6 +17,8 @@ def model_hash(loaded: Any) -> str:
     import torch
 
     inference = getattr(loaded, "inference", loaded)
+    if inference.fingerprint:  # weights at inference do not change
+        return inference.fingerprint
     tensors = {**{f"model.{n}": t for n, t in inference.model.state_dict().items()}, **inference.extras}
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -24,5 +26,7 @@ def model_hash(loaded: Any) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     digest.update(inference.model.tokenizer.to_json().encode())
-    digest.update(json.dumps(dataclasses.asdict(inference.config.model), sort_keys=True).encode())
-    return digest.hexdigest()
+    for part in (inference.config.model, inference.config.objectives):  # the latter: noise path, kind of probabilities
+        digest.update(json.dumps(dataclasses.asdict(part), sort_keys=True).encode())
+    inference.fingerprint = digest.hexdigest()
+    return inference.fingerprint
