@@ -187,6 +187,12 @@ BODIES: dict[str, tuple[str, Any, int, str]] = {
         "this model reads 16",
     ),
     "a template without {}": (CLASSIFY, classify(b64(GOOD), hypothesis_template="a"), 400, "has no {}"),
+    "a template of many holes": (
+        CLASSIFY,
+        classify(b64(GOOD), candidate_labels=["x" * 900], hypothesis_template="{}" * 900),
+        400,
+        "810000 characters, over",
+    ),
     "no templates": (CLASSIFY, classify(b64(GOOD), hypothesis_template=[]), 400, "templates"),
     "a number as template": (CLASSIFY, classify(b64(GOOD), hypothesis_template=3), 400, "hypothesis_template"),
     "an unknown parameter": (CLASSIFY, classify(b64(GOOD), labels=["a"]), 400, "'labels': not a field"),

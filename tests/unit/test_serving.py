@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -244,3 +249,18 @@ def test_the_document_names_every_path_and_status(server: Served) -> None:
     assert "image/png" in document["paths"]["/v1/classify"]["post"]["requestBody"]["content"]
     assert "HTTPValidationError" not in document["components"]["schemas"]
     assert httpx.get(f"{server.url}/docs").status_code == 200
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_documents_curl_examples_work_as_they_are(server: Served, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "heart.png").write_bytes(png(SHADES[0]))
+    blocks = re.findall(r"```sh\n(curl .*?)```", (root / "docs" / "serving.md").read_text(encoding="utf-8"), re.DOTALL)
+    commands = [command for block in blocks for command in re.split(r"\n(?=curl )", block.strip())]
+    assert len(commands) == 5
+    for command in commands:
+        here = command.replace("http://127.0.0.1:8000", server.url)
+        found = subprocess.run(
+            ["bash", "-c", here], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=True
+        )
+        answer = json.loads(found.stdout)
+        assert answer and "error" not in answer, (command, answer)
