@@ -36,7 +36,8 @@ def sample(
 
     - euler: first order; the network runs `steps` times.
     - heun: second order (EDM, arXiv 2206.00364); 2 `steps` - 1 times.
-    - dpmpp_2m: second order, from the prediction before (DPM-Solver++(2M), arXiv 2211.01095); `steps` times.
+    - dpmpp_2m: second order but for a log of `steps`, from the prediction before (DPM-Solver++(2M), arXiv 2211.01095);
+      `steps` times.
     """
     sigmas = schedule.sampling_sigmas(steps, strength).to(noise.device)
     z = noise * schedule.noise_scale if start is None else schedule.add_noise(start, noise, sigmas[:1])

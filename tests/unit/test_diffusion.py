@@ -7,7 +7,7 @@ import torch
 
 from mm.diffusion.guidance import guided
 from mm.diffusion.noise import normal, uniform
-from mm.diffusion.sampler import sample
+from mm.diffusion.sampler import SOLVERS, sample
 from mm.diffusion.schedule import Schedule
 
 
@@ -63,7 +63,7 @@ def test_shift_is_applied_once_and_to_training_and_sampling_alike() -> None:
     torch.testing.assert_close(schedule.training_sigma(draws), 3 * sigma / (1 + 2 * sigma))
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 25])
 def test_a_perfect_denoiser_is_followed_to_its_image(solver: str, steps: int) -> None:
     x = torch.rand(2, 3, 4, 4)
