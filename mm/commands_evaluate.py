@@ -48,7 +48,9 @@ def evaluate(argv: Sequence[str]) -> int:
     from mm.evaluation.run import evaluate as run
     from mm.evaluation.run import summary
 
-    options: dict[str, Any] = {"load": elsewhere} if ":" in args.run and not Path(args.run).exists() else {}
+    foreign = ":" in args.run and not Path(args.run).exists()
+    named = any(task.endswith(".toml") for task in tasks or ())  # such a task may compare pictures by another's encoder
+    options: dict[str, Any] = {"load": elsewhere} if foreign or named else {}
     for name in ("split", "records", "precision", "workers"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)

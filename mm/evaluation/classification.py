@@ -35,7 +35,7 @@ def mean_per_class_recall(truth: NDArray[np.int64], right: NDArray[np.bool_], se
 
 
 def per_class_statistic(truth: NDArray[np.int64], right: NDArray[np.bool_]) -> Statistic:
-    """`mean_per_class_recall` as a statistic of the samples themselves."""
+    """`mean_per_class_recall` as a statistic of samples, or of groups of samples alike in both."""
     classes, place = np.unique(truth, return_inverse=True)
     each = np.eye(len(classes))[place]  # [N, C]
     hits = each * right[:, None]

@@ -70,12 +70,37 @@ def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
     rows = found.get("tasks") if isinstance(found, dict) else None
     if not isinstance(rows, list) or not rows or not all(map(_whole, rows)):
         raise ConfigError(f"{path}: has no tasks as mm evaluate --out writes them; evaluate again with this version")
+    for row in rows:
+        problem = _problem(row)
+        if problem:
+            raise ConfigError(f"{path}: task {row['name'][:80]!r}: {problem}; evaluate again with this version")
     return found
 
 
 def _whole(row: Any) -> bool:
     kinds = {"name": str, "metrics": dict, "errors": dict, "n": dict, "hashes": dict, "settings": dict}
     return isinstance(row, dict) and all(isinstance(row.get(name), kind) for name, kind in kinds.items())
+
+
+def _problem(row: dict[str, Any]) -> str:
+    """What of a task's row is not as `mm evaluate` writes it, or ""."""
+    for name, allowed in (("metrics", _number), ("errors", _number), ("n", _count)):
+        bad = next((key for key, value in row[name].items() if value is not None and not allowed(value)), None)
+        if bad is not None:
+            return f"{name}.{bad[:40]} = {str(row[name][bad])[:40]!r} is no number"
+    columns = row.get("outcomes")
+    if columns is None:
+        return ""
+    keys = columns.get("keys") if isinstance(columns, dict) else None
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        return "outcomes have no keys"
+    for name, values in columns.items():
+        if not isinstance(values, list) or len(values) != len(keys):
+            return f"outcomes.{name[:40]} is no list of {len(keys)}"
+        whole = (value if isinstance(value, list) else [value] for value in values)
+        if name != "keys" and not all(one and all(map(_number, one)) for one in whole):
+            return f"outcomes.{name[:40]} holds what is no number"
+    return ""
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
@@ -107,14 +132,15 @@ def _difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> Difference
 def _paired(a: dict[str, Any], b: dict[str, Any], metric: str) -> tuple[float, float, int, str] | None:
     """Error, p, pairs and how; None where the two are not of the same samples, or do not say what each adds."""
     one, other = a.get("outcomes"), b.get("outcomes")
-    if not one or not other or one["keys"] != other["keys"] or a["hashes"].get("data") != b["hashes"].get("data"):
+    data = a["hashes"].get("data")
+    if not one or not other or one["keys"] != other["keys"] or not data or data != b["hashes"].get("data"):
         return None
     if metric in STATISTICS:
         statistic, needs = STATISTICS[metric]
         if not all(name in columns for name in needs for columns in (one, other)):
             return None
-        statistics = [statistic(row["outcomes"], row["settings"]) for row in (a, b)]
-        counts = np.ones(len(one["keys"]), np.int64)
+        columns, counts = _groups(one, other, needs)
+        statistics = [statistic(found, row["settings"]) for found, row in zip(columns, (a, b), strict=True)]
         whole = [float(found(counts[None].astype(np.float64))[0]) for found in statistics]
         if not all(_is(value, row["metrics"][metric]) for value, row in zip(whole, (a, b), strict=True)):
             return None
@@ -135,6 +161,17 @@ def _paired(a: dict[str, Any], b: dict[str, Any], metric: str) -> tuple[float, f
     draws = draw_groups(lambda drawn: statistics[1](drawn) - statistics[0](drawn), counts)
     error = float(np.std(draws[np.isfinite(draws)], ddof=1)) if len(one["keys"]) > 1 else math.nan
     return error, _two_sided(b["metrics"][metric] - a["metrics"][metric], error), len(one["keys"]), "paired"
+
+
+def _groups(one: Columns, other: Columns, needs: tuple[str, ...]) -> tuple[list[Columns], NDArray[np.int64]]:
+    """Both sides' columns of groups of samples that are alike on both, and how many are in each group.
+
+    Samples of a class that are right or wrong alike are many, and then one number is drawn for all of them.
+    """
+    table = np.array([columns[name] for columns in (one, other) for name in needs], np.float64)
+    rows, counts = np.unique(table, axis=1, return_counts=True)
+    found = np.split(rows, 2)
+    return [dict(zip(needs, side, strict=True)) for side in found], counts
 
 
 def _mean_statistic(sums: NDArray[np.float64], of: NDArray[np.float64]) -> Statistic:
@@ -192,6 +229,10 @@ def _is(mean: float, value: float) -> bool:
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _float(value: Any) -> float:

@@ -105,7 +105,11 @@ def draw_groups(
     rows = max(1, _AT_ONCE // groups)
     parts = []
     for start in range(0, total, rows):
-        drawn = rng.multinomial(n, counts / n, size=min(rows, total - start))
+        size = min(rows, total - start)
+        if groups == n:  # each sample by itself: counting is ten times as fast as a multinomial of so many
+            drawn = np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(size)])
+        else:
+            drawn = rng.multinomial(n, counts / n, size=size)
         with np.errstate(divide="ignore", invalid="ignore"):
             parts.append(np.asarray(statistic(drawn.astype(np.float64)), np.float64))
     return np.concatenate(parts)

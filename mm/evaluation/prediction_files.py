@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,18 +38,22 @@ def check_out(path: str) -> None:
 def writing(path: str | os.PathLike[str], fields: Sequence[str], places: int) -> Iterator[Add]:
     """A function that adds a prediction to `path`, which is there once the block has ended, and only if it ended well.
 
-    Meanwhile `path`.part grows. `fields` as of `record`; `places`: labels of each prediction. Makes the folder.
+    Meanwhile a hidden file beside it grows. `fields` as of `record`; `places`: labels of each prediction. Makes the
+    folder.
     """
     path = Path(path)
     check_out(str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")  # of this job alone
+    os.close(handle)
+    part = Path(name)
     kind = {".jsonl": _lines, ".csv": _table, ".parquet": _parquet}[path.suffix]
     try:
         with kind(part, tuple(fields), places) as add:
             yield add
         with part.open("rb") as file:
             os.fsync(file.fileno())
+        os.chmod(part, 0o644)  # mkstemp makes it readable by its owner only
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

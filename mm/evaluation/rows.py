@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,19 +89,20 @@ def plain(value: Any) -> Any:
 def text_of(result: dict[str, Any]) -> str:
     """JSON, indented but for the outcomes, whose columns are a line each."""
     lines: list[str] = []
+    sign = secrets.token_hex(16)  # no text of a data set holds it
 
     def mark(columns: Any) -> Any:
         if columns is None:
             return None
         marks = {}
         for name, values in columns.items():
-            marks[name] = f"\0{len(lines)}\0"
+            marks[name] = f"{sign}{len(lines)}"
             lines.append(json.dumps(values, separators=(",", ":")))
         return marks
 
     shown = {**result, "tasks": [{**row, "outcomes": mark(row["outcomes"])} for row in result["tasks"]]}
     text = json.dumps(shown, indent=1)
-    return re.sub(r'"\\u0000(\d+)\\u0000"', lambda found: lines[int(found[1])], text) + "\n"
+    return re.sub(rf'"{sign}(\d+)"', lambda found: lines[int(found[1])], text) + "\n"
 
 
 def is_folder(out: str | os.PathLike[str]) -> bool:

@@ -118,7 +118,10 @@ def read_task(name: str, changes: Mapping[str, Any] | None = None) -> Task:
             raise ConfigError(f"{name}: {key}: {kind} has no such setting{suggestion(key, known)}")
         _check_type(name, key, value, defaults[key])
     whole = {**defaults, **settings}
-    whole |= {key: value for key, value in (changes or {}).items() if key in defaults}
+    for key, value in (changes or {}).items():
+        if key in defaults:
+            _check_type(name, key, value, defaults[key])
+            whole[key] = value
     try:
         getattr(module, "checked", dict)(dict(whole))
     except ValueError as error:

@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
 BESIDE = "shards"  # class names or templates: the files beside the shards
 SETS = {"classes": ("imagenet",), "templates": ("openai", "simple")}  # published ones, by name
 TOP = 5
+LONGEST = 1000  # bytes of a label
 
 
 def classification(job: Job, settings: dict[str, Any]) -> Outcome:
@@ -125,12 +126,16 @@ def reader(label: str, names: Sequence[str]) -> Callable[[dict[str, bytes], str]
     place = {name: row for row, name in reversed(list(enumerate(names)))}
 
     def read(members: dict[str, bytes], key: str) -> int:
-        try:
-            value: Any = json.loads(members[member])
-        except (ValueError, RecursionError):
-            value = None if path else members[member].decode("utf-8", "replace").strip()
-        for field in path.split(".") if path else ():
-            value = value.get(field) if isinstance(value, dict) else None
+        if path:
+            try:
+                value: Any = json.loads(members[member])
+            except (ValueError, RecursionError):
+                value = None
+            for field in path.split("."):
+                value = value.get(field) if isinstance(value, dict) else None
+        else:  # a number as webdataset reads it ("07" is 7), or a class's name
+            value = members[member][:LONGEST].decode("utf-8", "replace").strip()
+            value = int(value) if value.isdecimal() and value not in place else value
         number = place.get(value) if isinstance(value, str) else value
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(names):
             near = suggestion(value, names) if isinstance(value, str) else ""

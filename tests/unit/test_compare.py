@@ -144,3 +144,39 @@ def test_the_command_prints_a_table_or_json_and_refuses_other_files(
     with pytest.raises(ConfigError, match="no metric is in both"):
         compare(result(hits(0, 0.5)), other)
     assert read_result(tmp_path / "a")["run"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"outcomes": {"acc1": [1]}}, "outcomes have no keys"),
+        ({"outcomes": []}, "outcomes have no keys"),
+        ({"outcomes": {"keys": ["a"], "acc1": [1, 0]}}, "outcomes.acc1 is no list of 1"),
+        ({"outcomes": {"keys": ["a"], "acc1": ["yes"]}}, "outcomes.acc1 holds what is no number"),
+        ({"outcomes": {"keys": ["a"], "acc1": [[]]}}, "outcomes.acc1 holds what is no number"),
+        ({"n": {"acc1": "x"}}, "n.acc1 = 'x' is no number"),
+        ({"metrics": {"acc1": True}}, "metrics.acc1 = 'True' is no number"),
+        ({"errors": {"acc1": [0.1]}}, "errors.acc1"),
+    ],
+)
+def test_a_results_file_that_was_tampered_with_is_one_clear_error(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    row = {"name": "t", "metrics": {"acc1": 1.0}, "errors": {}, "n": {}, "hashes": {}, "settings": {}, **change}
+    (tmp_path / "a.json").write_text(json.dumps({"tasks": [row]}))
+    with pytest.raises(ConfigError, match=words):
+        read_result(tmp_path / "a.json")
+
+
+def test_hundreds_of_classes_are_compared_in_little_memory() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 300, 10_000)
+    sides = []
+    for share in (0.5, 0.53):
+        right = (rng.random(10_000) < share).astype(int)
+        recall = mean_per_class_recall(truth, right > 0)
+        columns = {"keys": [str(n) for n in range(10_000)], "truth": truth.tolist(), "acc1": right.tolist()}
+        row = {"name": "c", "metrics": {"mean_per_class_recall": recall.value}, "errors": {}, "n": {}, "settings": {}}
+        sides.append({"tasks": [{**row, "hashes": {"data": "x"}, "outcomes": columns}]})
+    (found,) = compare(*sides)
+    assert found.how == "paired" and found.significant and found.error == pytest.approx(0.0070, rel=0.1)
