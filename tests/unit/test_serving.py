@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -151,11 +152,11 @@ def test_texts_that_are_too_long_are_cut_only_where_that_is_asked_for(server: Se
 
 
 def test_options_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked, draw = [], tiny_model().generate
 
-    def generate(prompts: list[str], **options: object) -> list[Image.Image]:
+    def generate(prompts: list[str], **options: Any) -> list[Image.Image]:
         asked.append((prompts, options))
-        return [SHADES[0]] * len(prompts)
+        return draw(prompts, seeds=options["seeds"], steps=1)
 
     with served() as server:
         monkeypatch.setattr(tiny_model(), "generate", generate)
