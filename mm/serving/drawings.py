@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from PIL import Image
 
-from mm.evaluation.images import png_bytes
+from mm.evaluation.drawn_files import png
+from mm.evaluation.record import Sheet, records_of, text_chunks
 from mm.serving.embeddings import check_text
 from mm.serving.engine import drawing
 from mm.serving.errors import bad, over
@@ -30,7 +31,7 @@ async def create_images(request: Request, asked: ImagesRequest) -> JSONResponse:
     kind = drawing(asked.steps, asked.guidance, asked.solver, asked.negative_prompt)
     seeds = [asked.seed + place for place in range(n)]
     pictures = await service.run(kind, [(asked.prompt, seed) for seed in seeds])
-    files = await service.apart(_files, pictures)
+    files = await service.apart(_files, service, pictures)
     data = [{"b64_json": file, "seed": seed} for file, seed in zip(files, seeds, strict=True)]
     side = service.engine.side
     answer = {"created": int(time.time()), "data": data, "size": f"{side}x{side}", "output_format": "png"}
@@ -63,5 +64,8 @@ def _check_words(service: Service, asked: ImagesRequest) -> None:
         check_text(service, asked.negative_prompt, "negative_prompt", asked.truncate)
 
 
-def _files(pictures: list[Image.Image]) -> list[str]:
-    return [base64.b64encode(png_bytes(picture)).decode() for picture in pictures]
+def _files(service: Service, pictures: list[Image.Image]) -> list[str]:
+    """PNG files in base64, each of which says how it was drawn: `mm generate RUN --again` draws it again."""
+    sheets = [Sheet(service.name, service.hash, 1, records_of([picture])) for picture in pictures]
+    files = [png(picture, text_chunks(sheet)) for picture, sheet in zip(pictures, sheets, strict=True)]
+    return [base64.b64encode(file).decode() for file in files]

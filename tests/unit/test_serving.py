@@ -19,8 +19,10 @@ import pytest
 import torch
 from huggingface_hub import InferenceClient
 from PIL import Image
-from served import NAME, Served, b64, png, served, tiny_model
+from served import NAME, Served, b64, png, served, tiny_model, tiny_run
 from test_api import pictures
+
+from mm.cli import main
 
 WORDS = ["red heart", "a dog that runs", "flag", "x y z"]
 SHADES = [Image.new("RGB", (40, 30), color) for color in ("red", "green", "blue")]
@@ -265,3 +267,12 @@ def test_the_documents_curl_examples_work_as_they_are(server: Served, root: Path
         )
         answer = json.loads(found.stdout)
         assert answer and "error" not in answer, (command, answer)
+
+
+def test_a_picture_that_was_served_can_be_drawn_again_bit_for_bit(server: Served, tmp_path: Path) -> None:
+    body = {"prompt": "red heart", "seed": 3, "steps": 2, "negative_prompt": "blue"}
+    answer = server.post("/v1/images/generations", body).json()
+    first, second = tmp_path / "a.png", tmp_path / "b.png"
+    first.write_bytes(base64.b64decode(answer["data"][0]["b64_json"]))
+    assert main(["generate", str(tiny_run()), "--again", str(first), "--out", str(second)]) == 0
+    assert np.asarray(Image.open(first)).tobytes() == np.asarray(Image.open(second)).tobytes()
