@@ -4,7 +4,9 @@
 
 "diffusion": the label under which the denoiser draws an image back best (arXiv 2303.16203), with labels dropped in
 rounds. "hybrid": the `k` labels that the contrastive classifier holds likeliest, ranked again by
-alpha log p + beta score, see `mm.evaluation.explained`.
+alpha log p + beta score, see `mm.evaluation.explained`. How much the drawing should count differs between models and
+between label sets, and may be nothing: `calibrate` on labelled images finds alpha and beta. Uncalibrated, it counts
+little.
 
 Letters: B images, L labels, K candidates of an image, H W pixels.
 """
@@ -44,13 +46,13 @@ class Options:
     rounds: int = 1  # in which the levels are dealt out
     keep: float = 0.25  # of the labels, after each round but the last
     alpha: float = 1.0  # hybrid: weight of log p by the contrastive classifier
-    beta: float = 3.0  # weight of the score by drawing
+    beta: float = 1.0  # weight of the score by drawing: little; `calibrate` finds what a model and its labels deserve
     seed: int = 0  # of the noise
 
     @classmethod
     def read(cls, mode: str, given: dict[str, Any]) -> Options:
         """The defaults of a mode with what is given. Raises ValueError for what cannot be meant."""
-        usual: dict[str, Any] = {"rounds": 4, "beta": 30.0} if mode == "diffusion" else {}
+        usual: dict[str, Any] = {"rounds": 4, "beta": 25.0} if mode == "diffusion" else {}
         known = [field.name for field in fields(cls) if mode == "hybrid" or field.name not in ("k", "alpha")]
         for name, value in given.items():
             if name not in known:
