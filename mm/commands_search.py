@@ -51,6 +51,7 @@ def index(argv: Sequence[str]) -> int:
 
     model = mm.load(args.run)
     model.inference.processor("image")
+    had = _count(args.out)
     try:
         built = build_index(
             model.inference,
@@ -74,9 +75,22 @@ def index(argv: Sequence[str]) -> int:
         print(f"{words}; {'lists made' if built.listed else 'nothing changed'}")
         return 0
     kept = f", {built.kept:,} were there" if built.kept else ""
-    lost = f"; {about.unusable:,} unusable, in {args.out}/ledger.jsonl" if about.unusable else ""
-    print(f"{words}; {built.encoded:,} encoded{kept}{lost}")
+    ledger = Path(args.out, "ledger.jsonl")
+    problems = len(ledger.read_text(encoding="utf-8").splitlines()) if ledger.is_file() else 0
+    lost = f"; {problems:,} problems, in {ledger}" if problems else ""
+    gone = f"; {had - built.kept:,} of before are no longer in it" if had > built.kept else ""
+    print(f"{words}; {built.encoded:,} encoded{kept}{gone}{lost}")
     return 0
+
+
+def _count(folder: str) -> int:
+    """The pictures of an index that may be there."""
+    from mm.evaluation.vector_store import read_about
+
+    try:
+        return read_about(folder).count
+    except ValueError:  # none, or one that is made anew
+        return 0
 
 
 def search(argv: Sequence[str]) -> int:

@@ -78,6 +78,7 @@ def evaluate(
     if records is not None:
         rows.check_records(records)
     where = data_set(data, candidates, split)
+    samples.check_whole(list(dict.fromkeys([*where.reference, *where.files])))
     folder = Path(run)
     model, extras, config, note = load_export(find_export(run)) if load is None else load(os.fspath(run))
     chosen = chosen or _tasks(_usual(where, config), changes, settings)

@@ -48,6 +48,14 @@ def left_out_names(files: list[str]) -> list[str]:
     return names
 
 
+def check_whole(files: list[str]) -> None:
+    """Raises ConfigError where a shard is cut or unreadable: numbers of what is left compare with nothing."""
+    for about in ShardIndex(files, parts=()).table.shards:
+        damage = about.unreadable or about.damage
+        if damage:
+            raise ConfigError(f"{about.name}: {damage}; mm shards verify says what is lost; mend it, or leave it out")
+
+
 def read_samples(files: list[str], processor: Processor, *, caption: str = "txt", progress: bool = False) -> SampleSet:
     """Every usable sample of some shard files, each with the first caption that `caption` names.
 
@@ -71,7 +79,7 @@ def read_samples(files: list[str], processor: Processor, *, caption: str = "txt"
         shards.append(os.path.abspath(index.shards[index.shard_of(number)]))
     if not items:
         raise ConfigError(f"{files[0]}: none of {len(index)} samples can be decoded; check the shards")
-    return SampleSet(keys, captions, processor.collate(items)[0], shards, len(index) - len(items))
+    return SampleSet(keys, captions, processor.collate(items)[0], shards, len(index) - len(items) + index.rejected)
 
 
 def around(data: str, candidates: str | None) -> tuple[list[str], list[str]]:

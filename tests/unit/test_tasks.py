@@ -213,3 +213,10 @@ def test_a_confusion_of_very_many_classes_shows_those_that_occur_most() -> None:
     found = confusion(truth, np.where(truth == 99, 3, truth), [f"c{number}" for number in range(100)])
     assert len(found["labels"]) == 60 and found["labels"][-1] == "c99" and found["left_out"] == 40
     assert found["counts"][-1][found["labels"].index("c3")] == 10 and sum(map(sum, found["counts"])) == 71
+
+
+def test_a_cut_shard_is_refused_and_not_measured_in_part(clip: str, openmoji_shards: Path, tmp_path: Path) -> None:
+    whole = next(iter(sorted(openmoji_shards.glob("val-*.tar"))))
+    (tmp_path / "val-000000.tar").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(ConfigError, match=r"val-000000.tar: cut at byte \d+.*mm shards verify"):
+        evaluate(clip, data=str(tmp_path / "val-000000.tar"), tasks=["zero_shot"], load=elsewhere, progress=False)
