@@ -65,5 +65,5 @@ def read_lines(path: str, what: str) -> list[str]:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); give {what} a line") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"{path}: holds no {what.partition(' ')[2]}; give {what} a line")
+        raise ValueError(f"{path}: no {what.partition(' ')[2]} in it; give {what} a line")
     return lines

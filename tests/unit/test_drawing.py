@@ -167,7 +167,8 @@ def test_a_negative_is_what_guidance_0_draws(model: LoadedModel) -> None:
 def test_without_guidance_nothing_is_led_away_from(model: LoadedModel, weaker: LoadedModel) -> None:
     plain = pixels(draw(model, [0, 1], guidance=1.0))
     assert pixels(draw(model, [0, 1], guidance=1.0, autoguide=weaker)) == plain
-    assert pixels(draw(model, [0, 1], guidance=1.0, negative="flag")) == plain
+    with pytest.raises(ValueError, match="negative: guidance = 1 leads away from nothing"):
+        draw(model, [0, 1], guidance=1.0, negative="flag")
     everything = pixels(draw(model, [0, 1]))
     assert pixels(draw(model, [0, 1], autoguide=model)) == plain, "away from itself is nowhere"
     assert pixels(draw(model, [0, 1], interval=(0.0, 1.0))) == everything != plain
