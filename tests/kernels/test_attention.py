@@ -43,6 +43,24 @@ def test_dense_attention_equals_float64(
     assert_accurate(lse, total)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_bf16_without_gradient_is_as_exact_as_torchs_own(compiled: bool) -> None:
+    tensors = inputs(140, 151, width=64)
+    mask = torch.rand(2, 151) > 0.3
+    mask[1] = False  # a sample that sees no key gives zeros
+    exact = exact_attention(*(x.double() for x in tensors), mask=mask)[0]
+    q, k, v = (x.bfloat16() for x in tensors)
+    call = torch.compile(attention, backend="aot_eager") if compiled else attention
+    ours = call(q, k, v, mask=mask)
+    heads = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
+    theirs = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), *heads, mask[:, None, None])
+    assert not ours[1].any()
+    error = (theirs.transpose(1, 2)[0].double() - exact[0]).norm()
+    assert (ours[0].double() - exact[0]).norm() <= 2 * error
+    alone = attention(q[:1], k[:1], v[:1], mask=mask[:1])
+    assert torch.equal(ours[:1], alone)
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 def test_packed_attention_equals_float64(causal: bool, assert_accurate: Any) -> None:
     tensors, options = packed_inputs()
