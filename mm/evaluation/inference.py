@@ -124,7 +124,8 @@ class Inference:
         out = torch.empty(len(columns[0]), self.config.model.embed_dim)
         whole = len(columns) == 1 or (name == "text" and not self._ignores_padding)
         for rows, part in [(slice(None), columns)] if whole else cut_padding(*columns):
-            out[rows] = self.run(lambda *part: (self._encoded(name, part).pooled,), part, size, label)[0].cpu().float()
+            vectors = self.run(lambda *part: (self._encoded(name, part, True).pooled,), part, size, label)[0]
+            out[rows] = vectors.cpu().float()
         return out
 
     def generate(
@@ -155,10 +156,10 @@ class Inference:
         assert encoded.tokens.mask is not None
         return encoded.tokens.x, encoded.tokens.mask, encoded.pooled
 
-    def _encoded(self, name: str, columns: Items) -> Encoded:
+    def _encoded(self, name: str, columns: Items, pooled_only: bool = False) -> Encoded:
         lengths = {name: columns[1]} if len(columns) > 1 else {}
         batch = Batch({name: columns[0]}, lengths)
-        return self.model.encode(batch.to(self.model.device))[name]
+        return self.model.encode(batch.to(self.model.device), [name] if pooled_only else [])[name]
 
     def size(self, kind: str) -> int:
         """Items of a micro-batch of "image", "text" or "draw"."""

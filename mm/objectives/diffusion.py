@@ -28,6 +28,8 @@ class Diffusion(Objective):
     With `tap` set, the denoiser's image tokens `[B K, N, D]` after that many blocks are left in `encoded["denoiser"]`.
     """
 
+    reads = ("text",)
+
     def __init__(self, config: DiffusionConfig, tap: int | None = None):
         super().__init__()
         self.weight, self.config, self.tap = config.weight, config, tap
