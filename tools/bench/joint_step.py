@@ -53,11 +53,13 @@ class DiT:
         self.schedule = Schedule.from_config(DiffusionConfig())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **ADAM)
 
-    def step(self, pixels: Tensor, seeds: Tensor) -> float:
+    def step(self, pixels: Tensor, seeds: Tensor, first: bool = False) -> float:
+        """`first`: with mm's noise, else with torch's."""
         self.optimizer.zero_grad()
         x = pixels.float() / 127.5 - 1
-        noise = normal(seeds, (1, *x.shape[1:]), NOISE).flatten(0, 1)
-        sigma = self.schedule.training_sigma(normal(seeds, (1,), LEVEL).flatten())
+        noise = normal(seeds, (1, *x.shape[1:]), NOISE).flatten(0, 1) if first else torch.randn_like(x)
+        level = normal(seeds, (1,), LEVEL).flatten() if first else torch.randn(len(x))
+        sigma = self.schedule.training_sigma(level)
         z = self.schedule.add_noise(x, noise, sigma)
         classes = seeds % 1000
         with torch.autocast("cpu", torch.bfloat16):
@@ -85,7 +87,7 @@ def compare(patch: int, size: int, rounds: int, kinds: list[str]) -> dict[str, A
     sides: dict[str, Any] = {"ours": lambda: ours.step(batch)}
     for kind in kinds:
         found.append({"contrastive": clips[kind].step(images, ids)})
-        found[-1]["diffusion"] = dits[kind].step(batch.inputs["image"], batch.seeds)
+        found[-1]["diffusion"] = dits[kind].step(batch.inputs["image"], batch.seeds, first=True)
         sides[f"open_clip, {kind}"] = lambda clip=clips[kind]: clip.step(images, ids)
         sides[f"diffusers, {kind}"] = lambda dit=dits[kind]: dit.step(batch.inputs["image"], batch.seeds)
     for name in ("contrastive", "diffusion"):
