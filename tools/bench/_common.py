@@ -78,6 +78,24 @@ def report(
         print(json.dumps(result))
 
 
+def figure(
+    name: str,
+    value: float,
+    *,
+    unit: str,
+    mark: float,
+    better: str,
+    json_too: bool,
+    packages: Sequence[str],
+    **more: Any,
+) -> None:
+    """A figure that is held against a mark and no peer, printed as `report` does."""
+    print(f"{name}: {value:.4g} {unit} (mark {mark:.3g})")
+    if json_too:
+        result = {"name": name, "ours": value, "unit": unit, "mark": mark, "better": better}
+        print(json.dumps({**result, **circumstances(packages), **more}))
+
+
 def arguments(description: str, **options: int | str) -> argparse.Namespace:
     """The command line: --json, and a whole number or word for each of `options`, with its default."""
     parser = argparse.ArgumentParser(description=description)

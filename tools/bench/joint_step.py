@@ -1,6 +1,6 @@
-"""Both objectives in one step of mm, against two models trained apart: open_clip's step and a step of diffusers' DiT.
+"""Both objectives in one step of mm, against two models trained apart: an open_clip step and a step of diffusers' DiT.
 
-ViT-S-32-alt's towers and a denoiser of DiT-S's width and depth on 224-px pictures in 32-px patches, the same batch of 64
+ViT-S-32-alt's towers and a denoiser of DiT-S's width and depth on 224-px pictures in 32-px patches, the same 64 samples
 with real captions, bf16 autocast, AdamW, from memory. The peers run eager and compiled; the faster pair counts. Losses
 of the first step must agree: the same weights for the towers, and a denoiser whose last layer is zero on both sides.
 mm's denoiser is told the caption's tokens and trains the text encoder through them; the DiT is told a class alone.

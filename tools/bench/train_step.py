@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from _clip_models import batch_in_memory, captions, open_clip_model, same_in_mm
-from _common import arguments, report, rounds_of
+from _common import arguments, figure, report, rounds_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -113,7 +113,9 @@ def compare(name: str, size: int, rounds: int, kinds: list[str]) -> dict[str, An
 
 
 def main() -> None:
-    args = arguments("training step against open_clip", rounds=5, batch=64, models=",".join(MARKS), peers="eager,compiled")
+    args = arguments(
+        "training step against open_clip", rounds=5, batch=64, models=",".join(MARKS), peers="eager,compiled"
+    )
     for name in args.models.split(","):
         found = compare(name, args.batch, args.rounds, args.peers.split(","))
         ours, peer, (mark, mfu_mark) = found.pop("ours"), found.pop("peer"), MARKS[name]
@@ -130,8 +132,17 @@ def main() -> None:
             args=args,
             what=f"contrastive training step, {name}",
             against=f"open_clip, {found['best']}",
-            mfu_mark=mfu_mark,
             **found,
+        )
+        figure(
+            f"share of the machine's matrix rate, {about}",
+            found["mfu"],
+            unit=f"of {found['matrix_gflops']:.0f} GFLOP/s",
+            mark=mfu_mark,
+            better="higher",
+            json_too=args.json,
+            packages=("torch",),
+            what=f"… share of the machine's bf16 matrix rate, {name}",
         )
 
 
