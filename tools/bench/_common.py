@@ -21,13 +21,10 @@ OPEN_CLIP = ("open_clip-3.3.0", "open_clip_torch[training]==3.3.0", "webdataset=
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-def alternate(
-    ours: Callable[[], object], peer: Callable[[], object], rounds: int, warm: bool = True
-) -> tuple[list[float], list[float]]:
-    """Seconds of each call, the two sides in turn; with `warm`, after one call of each that is not counted."""
-    if warm:
-        ours()
-        peer()
+def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of each call, the two sides in turn, after one call of each that is not counted."""
+    ours()
+    peer()
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for side, function in enumerate((ours, peer)):
@@ -76,20 +73,12 @@ def report(
         print(json.dumps(result))
 
 
-def arguments(description: str, quick: dict[str, int] | None = None, **numbers: int) -> argparse.Namespace:
-    """The command line: --json, and a whole number for each of `numbers`, with its default; --quick: `quick` for those.
-
-    `make bench` gives --quick to the scripts that have it.
-    """
+def arguments(description: str, **numbers: int) -> argparse.Namespace:
+    """The command line: --json, and a whole number for each of `numbers`, with its default."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    if quick is not None:
-        told = ", ".join(f"{name} {value}" for name, value in quick.items())
-        parser.add_argument("--quick", action="store_true", help=f"for make bench: {told}")
-        if parser.parse_args().quick:
-            parser.set_defaults(**quick)
     return parser.parse_args()
 
 

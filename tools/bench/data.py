@@ -2,8 +2,8 @@
 
 JPEGs of 500×375 and 45 kB, random-resized-crop to 224, CLIP's tokens; two workers on two cores, shards in page cache.
 All sides end with normalised float32 `[64, 3, 224, 224]`: open_clip's workers do that, for the others the main process,
-where a device would (`-uint8`: their rates without it). Every round starts each side in a fresh process; with --quick
-only ours and open_clip's, after one round with Pillow's, which the outputs are held against.
+where a device would (`-uint8`: their rates without it). Every round starts each side in a fresh process; with
+`--quick 1` only ours and open_clip's, after one round with Pillow's, which the outputs are held against.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _DEADLINE = 300  # seconds for one side of one round
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0], {"images": 1024, "warm": 256}, rounds=5, images=2048, warm=512)
+    args = arguments(__doc__.splitlines()[0], rounds=5, images=2048, warm=512, quick=0)
+    if args.quick:
+        args.images, args.warm = 1024, 256
     shards = photograph_shards(SHARDS, PER_SHARD)
     pattern = str(shards[0]).replace("000000.tar", f"{{000000..{len(shards) - 1:06d}}}.tar")
     interpreters = dict.fromkeys(SIDES, sys.executable) | {"open_clip": peer_python(*OPEN_CLIP)}

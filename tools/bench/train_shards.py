@@ -25,7 +25,7 @@ from _photographs import captions, photograph_shards
 
 MODEL, BATCH, CONFIG = "ViT-S-32-alt", 64, "configs/vit_b32_cc12m.py"
 SHARDS, PER_SHARD = 8, 512
-WARM = 8  # steps before the first window, compilation and the loaders' buffers among them
+WARM = 6  # steps before the first window, compilation and the loaders' buffers among them
 MARK = 1.7
 TOLERANCE = 0.01  # of the loss and of the gradient's norm, in bf16
 _DEADLINE = 200  # seconds for a side to start, or for a window
@@ -79,7 +79,7 @@ class Side:
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0], rounds=6, steps=4, workers=2, threads=2, peer_workers=1, peer_compiled=0)
+    args = arguments(__doc__.splitlines()[0], rounds=5, steps=3, workers=2, threads=2, peer_workers=1, peer_compiled=0)
     shards = photograph_shards(SHARDS, PER_SHARD)
     pattern = str(shards[0]).replace("000000.tar", f"{{000000..{len(shards) - 1:06d}}}.tar")
     with tempfile.TemporaryDirectory() as name:
@@ -88,6 +88,7 @@ def main() -> None:
         for shard in shards:
             shard.read_bytes()  # into the page cache
         sides: list[Side] = []
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of `finally`: what stands would stay for ever
         try:
             for start in (mm_trainer, open_clip_trainer):
                 sides.append(start(folder, pattern, args))
