@@ -37,6 +37,11 @@ class Ragged(NamedTuple):
         at = sequence.clamp(max=start.shape[0] - 1)
         return cls(offsets, real, slot, (at * longest + row - start.index_select(0, at)).where(kept, 0), kept)
 
+    def longest(self, step: int = 16) -> int:
+        """Tokens of the longest sequence, rounded up so that few lengths are compiled for, at most L; read back."""
+        found = int(self.offsets.diff().max()) if len(self.offsets) > 1 else 0
+        return min(-(-max(found, 1) // step) * step, self.real.shape[1])
+
     def pack(self, x: Tensor) -> Tensor:
         """`[T, ...]` from `[B, L, ...]`, zero in the rows that fill up."""
         return _taken(x.flatten(0, 1), self.place, self.kept, self.slot, self.real.flatten())

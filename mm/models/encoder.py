@@ -61,12 +61,12 @@ class Encoder(nn.Module):
             ragged, x = Ragged.of(tokens.cu_seqlens, longest, len(tokens.x)), tokens.x
         elif tokens.mask is not None and self.masked and self.training:
             ragged = layout(tokens.mask)
-            x = ragged.pack(tokens.x)  # [T, D]
+            x, longest = ragged.pack(tokens.x), ragged.longest()  # [T, D]
         else:
             x = self._blocks(tokens.x, tokens.mask if self.masked else None)
             normed = self.norm(x)
             return Encoded(tokens._replace(x=normed), self._pooled(x, normed, tokens.mask))
-        x = self._blocks(x, None, ragged.offsets, ragged.real.shape[1])
+        x = self._blocks(x, None, ragged.offsets, longest)
         normed = self.norm(x)
         dense = ragged.pad(normed)
         before = ragged.pad(x) if self.norm_after_pool else dense

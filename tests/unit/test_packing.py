@@ -31,12 +31,21 @@ def test_at_most_an_eighth_of_the_rows_fills_up(tokens: int, rows: int) -> None:
     assert len(layout(mask).place) == rows
 
 
+@pytest.mark.parametrize(("length", "context", "longest"), [(0, 7, 7), (7, 77, 16), (17, 77, 32), (77, 77, 77)])
+def test_scores_are_as_wide_as_the_longest_caption_not_as_the_context(length: int, context: int, longest: int) -> None:
+    assert layout(torch.arange(context) < torch.tensor([[length], [0]])).longest() == longest
+
+
+@pytest.mark.parametrize("context", [7, 40])
 @pytest.mark.parametrize("pool", ["mean", "last"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_packed_encoder_equals_the_padded_one_with_all_gradients(mask: torch.Tensor, pool: str, causal: bool) -> None:
+def test_a_packed_encoder_equals_the_padded_one_with_all_gradients(
+    mask: torch.Tensor, context: int, pool: str, causal: bool
+) -> None:
     torch.manual_seed(0)
+    mask = torch.nn.functional.pad(mask, (0, context - 7))
     encoder = Encoder(32, 2, 2, 16, pool=pool, causal=causal)
-    x = torch.randn(4, 7, 32)
+    x = torch.randn(4, context, 32)
     results = []
     for training in (True, False):
         encoder.train(training)

@@ -65,7 +65,7 @@ def mm_step(weights: str, model: str, compiled: bool) -> Any:
     from mm.types import Batch
 
     if compiled:
-        import torch._inductor.compile_fx  # noqa: F401 (a library as the others, but read with the first block)
+        import torch._inductor.compile_fx  # a library as the others, but else read with the first block
     forget_peak()
     before = status("VmRSS")
     config = settings.load(os.path.join(ROOT, "configs/vit_b32_cc12m.py"))
@@ -106,7 +106,7 @@ def open_clip_step(weights: str, model: str, compiled: bool) -> Any:
     import torch
 
     if compiled:
-        import torch._inductor.compile_fx  # noqa: F401
+        import torch._inductor.compile_fx
     forget_peak()
     before = status("VmRSS")
     peer, _, _ = open_clip.create_model_and_transforms(model, weights, precision="amp_bf16", output_dict=True)

@@ -79,7 +79,7 @@ class Side:
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0], rounds=5, steps=3, workers=2, threads=2, peer_workers=1, peer_compiled=0)
+    args = arguments(__doc__.splitlines()[0], rounds=5, steps=3, workers=2, threads=2, peer_workers=2, peer_compiled=0)
     shards = photograph_shards(SHARDS, PER_SHARD)
     pattern = str(shards[0]).replace("000000.tar", f"{{000000..{len(shards) - 1:06d}}}.tar")
     with tempfile.TemporaryDirectory() as name:
