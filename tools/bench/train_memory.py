@@ -1,9 +1,10 @@
 """Peak resident memory of training from a batch in memory: mm's step against open_clip's, each in a fresh process.
 
 The same weights, the same batch of 64 pictures and of captions of CLIP's 77 tokens with 13.5 real ones, bf16 autocast,
-AdamW, three steps whose losses must agree. Counted is what a process has at most from before the model is built, less
-what its libraries took by then; the whole process' peak and the step's seconds stand beside it. mm also keeps averaged
-weights. `--compiled 0` runs mm's blocks eagerly, as open_clip's; `--peer_compiled 1` compiles open_clip's model.
+AdamW, two steps whose losses must agree. Counted is what a process has at most from before the model is built, less
+what its libraries took by then; the whole process' peak and the step's seconds stand beside it, and once what mm takes
+with averaged weights, which open_clip's trainer does not have. `--compiled 0` runs mm's blocks eagerly, as open_clip's;
+`--peer_compiled 1` compiles open_clip's model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from _photographs import captions
 
 MODEL, BATCH = "ViT-S-32-alt", 64
 MARK = 1 / 0.7  # open_clip's memory over mm's
-STEPS = 3
+STEPS = 2  # the second has the optimizer's moments
+DECAYS = {"mm": 0.0, "mm with averages": 0.9999, "open_clip": 0.0}  # of averaged weights
 TOLERANCE = 0.01  # of each step's loss, in bf16
 RATE, BETAS, EPS, DECAY = 1e-4, (0.9, 0.98), 1e-8, 0.1
 _DEADLINE = 200
@@ -48,8 +50,8 @@ def batch() -> tuple[Any, list[str]]:
     return torch.randint(0, 256, (BATCH, 3, 224, 224), dtype=torch.uint8), captions(BATCH)
 
 
-def mm_step(weights: str, model: str, compiled: bool) -> Any:
-    """A function that trains one step, by the parts that `mm train` runs, and returns its loss."""
+def mm_step(weights: str, model: str, compiled: bool, ema_decay: float = 0.0) -> Any:
+    """The bytes before the model, and a function that trains one step by the parts of `mm train` and gives its loss."""
     import torch
 
     from mm import config as settings
@@ -71,7 +73,7 @@ def mm_step(weights: str, model: str, compiled: bool) -> Any:
     config = settings.load(os.path.join(ROOT, "configs/vit_b32_cc12m.py"))
     config.start.model = f"open_clip:{model}@{weights}"
     config.optim.lr, config.optim.betas, config.optim.weight_decay = RATE, BETAS, DECAY
-    config.optim.warmup, config.optim.final, config.optim.clip = 0, 1.0, 1e9
+    config.optim.warmup, config.optim.final, config.optim.clip, config.optim.ema = 0, 1.0, 1e9, ema_decay
     config.parallel.compile, config.parallel.device = compiled, "cpu"
     start = started(config)
     assert start is not None and start.tokenizer is not None
@@ -97,7 +99,7 @@ def mm_step(weights: str, model: str, compiled: bool) -> Any:
     return before, train
 
 
-def open_clip_step(weights: str, model: str, compiled: bool) -> Any:
+def open_clip_step(weights: str, model: str, compiled: bool, _: float) -> Any:
     """The same of open_clip, as its `train_one_epoch` has it."""
     import math
 
@@ -135,7 +137,7 @@ def open_clip_step(weights: str, model: str, compiled: bool) -> Any:
 
 def measure(side: str, weights: str, model: str, compiled: bool) -> None:
     """Prints JSON of a fresh process: bytes before the model, at most, and at most in the last step alone."""
-    before, train = {"mm": mm_step, "open_clip": open_clip_step}[side](weights, model, compiled)
+    before, train = (open_clip_step if side == "open_clip" else mm_step)(weights, model, compiled, DECAYS[side])
     losses, seconds, peaks = [], [], []
     for _ in range(STEPS):
         start = time.perf_counter()
@@ -166,6 +168,7 @@ def main() -> None:
         weights = Path(folder, "start.safetensors")
         _write(weights, MODEL)
         found: dict[str, list[dict[str, Any]]] = {side: [] for side in compiled}
+        averages = run("mm with averages", weights, MODEL, compiled["mm"])
         for number in range(args.rounds):
             for side in list(compiled)[:: 1 if number % 2 else -1]:
                 found[side].append(run(side, weights, MODEL, compiled[side]))
@@ -189,6 +192,7 @@ def main() -> None:
         whole_process=whole,
         last_step={side: median(row["last"] - row["before"] for row in rows) / 1e9 for side, rows in found.items()},
         seconds_a_step={side: median(row["seconds"] for row in rows) for side, rows in found.items()},
+        with_averages=(averages["peak"] - averages["before"]) / 1e9,
         losses={side: rows[0]["losses"] for side, rows in found.items()},
     )
 
