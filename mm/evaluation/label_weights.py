@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 TEXTS = 8192  # encoded at a time: 80,000 would be held as ids and as embeddings at once
 KEPT_BYTES = 256 << 20  # in memory, of one model
-_FORMAT = "1"  # of what is hashed and kept; another one where the same labels would get other weights
+_FORMAT = "2"  # of what is hashed and kept; another one where the same labels would get other weights
 
 
 def encode_labels(
