@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-
 _OUTSIDE: dict[type[torch.autograd.Function], Callable[..., Any]] = {}
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.evaluation.inference import TEXT_STEP
 from mm.evaluation.label_cache import LabelCache, folder_of
 from mm.evaluation.vocabulary import filled
 
@@ -118,7 +119,7 @@ class LabelWeights:
     def _wanted(self, labels: Sequence[str], templates: Sequence[str]) -> str:
         """A hash of the words, and of what else changes an embedding's last bits."""
         how = [self.inference.model.device.type, "bf16" if self.inference.bf16 else "fp32"]
-        how += [torch.__version__, str(self.inference.size("text"))]  # a micro-batch depends on the threads
+        how += [torch.__version__, str(self.inference.size("text", TEXT_STEP))]  # which depends on the threads
         return self._hash(json.dumps([how, list(templates), list(labels)], ensure_ascii=False))
 
     @staticmethod

@@ -1,8 +1,7 @@
-"""How long a user waits, whole processes in alternation: `mm --help` against `import open_clip`, `mm classify` to the
-answer against a short script with open_clip.
+"""How long a user waits: `mm --help` against `import open_clip`, `mm classify` to the answer against a short script.
 
-Cold is a fresh process whose files lie in the page cache. Both classify the same picture with the same weights, float32,
-and must say the same.
+Whole processes in alternation. Cold is a fresh process whose files lie in the page cache. Both classify the same
+picture with the same weights, float32, and must say the same.
 """
 
 from __future__ import annotations
@@ -65,22 +64,22 @@ def main() -> None:
     image.write_bytes(next(photographs(1)))
     ours, peer = cold(image)
     empty = alternate(lambda: python("-c", "import mm"), lambda: python("-c", "pass"), ROUNDS)
-    rows = [
-        ("mm --help against import open_clip", ["-m", "mm.cli", "--help"], ["-c", "import open_clip"], 4.0, "open_clip"),
-        ("mm classify, cold to answer", ours, peer, 1.3, "a script: open_clip, the same weights, picture and labels"),
+    rows: list[tuple[str, str, list[str], list[str], float]] = [
+        ("mm --help", "import open_clip", ["-m", "mm.cli", "--help"], ["-c", "import open_clip"], 4.0),
+        ("mm classify, cold to answer", "a script with open_clip, the same weights and labels", ours, peer, 1.3),
     ]
-    for name, mine, its, mark, against in rows:
+    for name, against, mine, its, mark in rows:
         taken = alternate(lambda mine=mine: python(*mine), lambda its=its: python(*its), ROUNDS)  # type: ignore[misc]
         report(
-            name,
+            f"{name} against {against}",
             *taken,
             unit="s",
             mark=mark,
             better="lower",
             packages=("mm", "open_clip_torch", "torch"),
             args=args,
-            what=name.replace(" against import open_clip", ""),
-            against="import open_clip" if its[1].startswith("import open_clip") else against,
+            what=name,
+            against=against,
             import_mm=sorted(empty[0])[ROUNDS // 2],
             empty_interpreter=sorted(empty[1])[ROUNDS // 2],
         )
