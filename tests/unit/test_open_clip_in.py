@@ -27,6 +27,7 @@ from mm.interop.sources import read
 from mm.models.export import load_export, save_export
 from mm.types import Batch
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
 TEXTS = ["a cat", "Two  DOGS on a mat, it's raining &amp; cold", " ".join(["elephants"] * 40), "ok"]
 PICTURES = [picture(61, 43), picture(33, 90), picture(20, 17), picture(160, 160), picture(50, 31, "L")]
 
@@ -87,9 +88,7 @@ def test_single_files_of_open_clip_say_what_the_package_says() -> None:
         assert json.loads(file.read_text()) == open_clip.get_model_config(name) == open_clip_files.model_config(name)
 
 
-def test_a_clip_is_loaded_and_asked_without_importing_open_clip_or_a_compiler(
-    run_python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_a_clip_is_loaded_and_asked_without_importing_open_clip_or_a_compiler(run_python: Run, tmp_path: Path) -> None:
     state = open_clip.create_model("ViT-S-32-alt").state_dict()
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "clip.safetensors")
     code = """
