@@ -15,7 +15,7 @@ from _clip import NAME, clip_weights
 from _common import ROOT, alternate, arguments, cache_folder, python, report
 from _photographs import photographs
 
-ROUNDS = 7
+ROUNDS = 5
 LABELS = "cat,dog,house,tree,red heart,bicycle"
 PEER = """\
 import json, sys
