@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Model(nn.Module):
     """Both encoders and the denoiser. `config` and `tokenizer` say everything that is needed to build it again."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer):
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, init: bool = True):
+        """`init` False: for weights that are loaded afterwards, all of them."""
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         image, text = config.image, config.text
@@ -52,7 +53,8 @@ class Model(nn.Module):
         self.denoiser = None
         if config.denoiser is not None:
             self.denoiser = Denoiser(config.denoiser, latents.shape, self.width("text"), 2 * config.embed_dim)
-        init_weights(self)
+        if init:
+            init_weights(self)
         self.latents = latents  # last: its weights come from elsewhere
 
     def width(self, name: str) -> int:
