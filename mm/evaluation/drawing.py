@@ -163,38 +163,44 @@ class _Job:
 
     def _predict(self, columns: dict[str, Tensor]) -> Predict:
         """The prediction of x that the settings ask for."""
-        settings, model = self.settings, self.inference.model
-        denoiser = model.denoiser
-        assert denoiser is not None
+        settings = self.settings
+        levels = self.schedule.sampling_sigmas(settings.steps, settings.strength if "start" in columns else 1.0)
         tokens, pooled = _told(self.inference, columns)
-
-        def only(z: Tensor, sigma: Tensor) -> Tensor:
-            return denoiser(z, sigma, tokens, pooled).float()
-
+        only = _network(self.inference, tokens, pooled, levels)
         if settings.guidance == 1.0:
             return only
         if self.autoguide is not None:
             weaker = {name[7:]: column for name, column in columns.items() if name.startswith("weaker ")}
-            other = _told(self.autoguide, weaker)
-            denoise = self.autoguide.model.denoiser
-            assert denoise is not None
+            other = _network(self.autoguide, *_told(self.autoguide, weaker), levels)
 
             def against(z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-                return only(z, sigma), denoise(z, sigma, *other).float()
+                return only(z, sigma), other(z, sigma)
 
             return within(settings.interval, guided(against, settings.guidance), only)
         blank, blank_pooled = _told(self.inference, _hidden(columns))
         # each picture's other row goes through the same forward
         masks = torch.cat([_mask(tokens), _mask(blank)])
         both_tokens = tokens._replace(x=torch.cat([tokens.x, blank.x]), mask=masks)
-        both_pooled = torch.cat([pooled, blank_pooled])
+        pair = _network(self.inference, both_tokens, torch.cat([pooled, blank_pooled]), levels)
 
         def both(z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-            out = denoiser(torch.cat([z, z]), torch.cat([sigma, sigma]), both_tokens, both_pooled)
-            shown, hidden = out.float().chunk(2)
+            shown, hidden = pair(torch.cat([z, z]), torch.cat([sigma, sigma])).chunk(2)
             return shown, hidden
 
         return within(settings.interval, guided(both, settings.guidance), only)
+
+
+def _network(inference: Inference, tokens: Tokens, pooled: Tensor, levels: Tensor) -> Predict:
+    """The denoiser under these conditions, at any of those noise levels."""
+    prepared, denoiser = inference.prepared(), inference.model.denoiser
+    if prepared is not None:
+        return prepared.tell(tokens, pooled, levels)
+    assert denoiser is not None
+
+    def predict(z: Tensor, sigma: Tensor) -> Tensor:
+        return denoiser(z, sigma, tokens, pooled).float()
+
+    return predict
 
 
 def _mask(tokens: Tokens) -> Tensor:

@@ -23,11 +23,13 @@ from mm.types import Batch, Encoded
 if TYPE_CHECKING:
     from mm.adapters.base import Adapter, Processor
     from mm.config import ImageConfig, TextConfig, TrainConfig
+    from mm.evaluation.prepared import Prepared
     from mm.models.model import Model
 
 MICRO_BATCH = {"image": 32, "text": 64, "draw": 8}
 EVEN_THREADS = 2
 _SMALL_SIDE = 32  # pixels: larger pictures go in smaller micro-batches on a CPU, of about as many pixels
+_FULL = 128  # image tokens of a micro-batch that draws on a CPU, twice as many with guidance: products are fast then
 _WORK = 5e9  # multiply-adds of a micro-batch on a CPU: it is always full, and one item must not cost as much as many
 TEXT_STEP = 4  # tokens: what a text is padded to is a multiple of it
 
@@ -53,6 +55,8 @@ class Inference:
         self.fingerprint = ""  # set by mm.models.fingerprint once it was asked for
         self._packed = Packed(model)
         self.bf16 = False  # matrix products in bf16, as in training: faster, and what evaluation uses
+        self.compiled = False  # compile the blocks that draw in bf16 on a CPU: worth it for hundreds of pictures
+        self._prepared: tuple[object, Prepared] | None = None
 
     def processor(self, name: str) -> Processor:
         """Of one modality. Raises ValueError where the model has no such modality."""
@@ -161,6 +165,22 @@ class Inference:
         packed = self._packed.encode(name, batch, pooled_only) if self.bf16 else None
         return self.model.encode(batch, [name] if pooled_only else [])[name] if packed is None else packed
 
+    def prepared(self) -> Prepared | None:
+        """The denoiser made ready to draw in bf16, made anew when its weights change; None where it cannot be.
+
+        Changes through `parameter.data` are not seen; give a fresh Inference after them.
+        """
+        from mm.evaluation.prepared import Prepared, can_prepare
+
+        denoiser = self.model.denoiser
+        if not self.bf16 or denoiser is None or not can_prepare(denoiser):
+            return None
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in denoiser.parameters()]
+        key = (id(denoiser), self.compiled, weights)
+        if self._prepared is None or self._prepared[0] != key:
+            self._prepared = key, Prepared(denoiser, 2 * self.size("draw"), compiled=self.compiled)
+        return self._prepared[1]
+
     def size(self, kind: str, tokens: int = 0) -> int:
         """Items of a micro-batch of "image", "draw" or "text", of which each is padded to `tokens`."""
         cpu = self.model.device.type == "cpu"
@@ -170,6 +190,10 @@ class Inference:
         if not cpu:
             return usual
         image, text = self.config.model.image, self.config.model.text
+        denoiser = self.model.denoiser
+        if kind == "draw" and denoiser is not None:
+            patches = denoiser.shape[1] * denoiser.shape[2] // denoiser.config.patch**2
+            return min(usual, max(1, _FULL // patches))
         if kind == "text":
             work = (tokens or text.context_length) * _token(text)
             return 8 if text.tower is not None else min(usual, _power_of_two(_WORK / work))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, cast
 
-import torch
 from torch import Tensor, nn
 
 from mm.adapters.image import ImageAdapter
 from mm.models.encoder import Encoder
+from mm_kernels import packed_linear
 
 if TYPE_CHECKING:
     from mm.adapters.base import Adapter
@@ -18,19 +18,6 @@ if TYPE_CHECKING:
 
 _ROWS = 512  # of an input, about: what the layout is chosen for
 Stamp = tuple[object, ...]  # another one after a weight has changed
-
-
-class PackedLinear(nn.Module):
-    """A linear layer under bf16 autocast, to the bit, without its casts and copies."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().bfloat16(), _ROWS)
-        self.bias = None if linear.bias is None else linear.bias.detach().bfloat16()
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, self.bias, "none", [], "")
-        return out
 
 
 class Packed:
@@ -63,7 +50,7 @@ def _packed(module: nn.Module) -> nn.Module:
     for parent in list(made.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear:  # none that was adapted or wrapped
-                setattr(parent, name, PackedLinear(child))
+                setattr(parent, name, packed_linear.PackedLinear(child, _ROWS))
     return made
 
 
@@ -74,4 +61,4 @@ def _parameters(*modules: nn.Module) -> list[nn.Parameter]:
 def _can(encoder: Encoder) -> bool:
     first = encoder.norm.weight
     plain = type(first.data) is Tensor and first.device.type == "cpu"
-    return plain and torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return plain and packed_linear.available()

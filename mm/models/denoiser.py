@@ -59,27 +59,46 @@ class Denoiser(nn.Module):
         `[B, N, D]` after that many blocks are returned too.
         """
         copies = len(x_t) // len(pooled)
-        vector = self.time_in(timestep_embedding(t, 256)) + self.pooled_in(pooled).repeat_interleave(copies, 0)
-        vector = F.silu(vector)
-        x = self.patch_in(self.patch_down(patchify(x_t, self.config.patch)))  # [B, N, D]
+        vector = self.vector(t, pooled.repeat_interleave(copies, 0))
+        x = self.tokens(x_t)
         context = self.context_in(condition.x)  # [Bc, L, D]
         if self.config.context_depth and copies > 1:  # a context with a stream of its own sees the noise level
             context = context.repeat_interleave(copies, 0)
-        mask = condition.mask
-        if mask is None:
-            mask = torch.ones(condition.x.shape[:2], dtype=torch.bool, device=x.device)
-        mask = F.pad(mask, (x.shape[1], 0), value=True).repeat_interleave(copies, 0)  # [B, N + L]
-        rotary = (self.cos, self.sin)
-        if x_t.shape[2:] != self.shape[1:]:
-            rotary = self._angles(x_t.shape[2], x_t.shape[3], x.device)
+        mask = self.visible(condition, x.shape[1]).repeat_interleave(copies, 0)
+        rotary = self.rotary(x_t)
         tapped = x
         for index, block in enumerate(self.blocks):
             x, context = block(x, context, mask, vector, rotary)
             if index + 1 == tap:
                 tapped = x
-        shift, scale = self.final_modulation(vector).chunk(2, dim=-1)
-        out = unpatchify(self.patch_out(adaln_modulate(x, shift, scale)), self.config.patch, (*x_t.shape[1:],))
+        out = self.picture(x, self.final_modulation(vector), (*x_t.shape[1:],))
         return out if tap is None else (out, tapped)
+
+    def vector(self, t: Tensor, pooled: Tensor) -> Tensor:
+        """`[B, D]`, of which every modulation is made, from noise levels `[B]` and pooled conditions `[B, E_all]`."""
+        return F.silu(self.time_in(timestep_embedding(t, 256)) + self.pooled_in(pooled))
+
+    def tokens(self, x_t: Tensor) -> Tensor:
+        """`[B, N, D]` of `[B, C, H, W]`."""
+        return self.patch_in(self.patch_down(patchify(x_t, self.config.patch)))
+
+    def visible(self, condition: Tokens, count: int) -> Tensor:
+        """Which keys are real, bool `[Bc, count + L]`: all of `count` image tokens, and of the condition's its own."""
+        mask = condition.mask
+        if mask is None:
+            mask = torch.ones(condition.x.shape[:2], dtype=torch.bool, device=condition.x.device)
+        return F.pad(mask, (count, 0), value=True)
+
+    def rotary(self, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin `[N, Dh / 2]` of the places of its patches."""
+        if x_t.shape[2:] == self.shape[1:]:
+            return self.cos, self.sin
+        return self._angles(x_t.shape[2], x_t.shape[3], x_t.device)
+
+    def picture(self, x: Tensor, modulation: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """`[B, *shape]` from the last block's tokens `[B, N, D]` and the final modulation `[B, 2 D]`."""
+        shift, scale = modulation.chunk(2, dim=-1)
+        return unpatchify(self.patch_out(adaln_modulate(x, shift, scale)), self.config.patch, shape)
 
 
 def gather_condition(

@@ -139,21 +139,47 @@ class JointBlock(nn.Module):
         self, x: Tensor, context: Tensor, mask: Tensor, vector: Tensor, angles: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """x `[B, N, D]`, context `[Bc, L, D]`, mask `[B, N + L]` of real keys, vector `[B, D]`; x and context back."""
-        shift, scale, *modulation = self.image.modulation(vector).chunk(6, dim=-1)
-        q, k, v = self.image.project(x, shift, scale, angles)
+        modulation = self.image.modulation(vector)
         if self.context is None:
-            ck, cv = self.context_kv(self.context_norm(context)).unflatten(-1, (2, self.heads, -1)).unbind(2)
-            ck = rms_norm(ck, self.context_k_norm)
-            if context.shape[0] != x.shape[0]:
-                copies = x.shape[0] // context.shape[0]
-                ck, cv = ck.repeat_interleave(copies, 0), cv.repeat_interleave(copies, 0)
-            attended = attention(q, torch.cat([k, ck], 1), torch.cat([v, cv], 1), mask=mask)
-            return self.image.finish(x, attended, *modulation), context
-        shift, scale, *context_modulation = self.context.modulation(vector).chunk(6, dim=-1)
+            return self.attend(x, modulation, *self.read(context, len(x)), mask, angles), context
+        return self.exchange(x, context, modulation, self.context.modulation(vector), mask, angles)
+
+    def read(self, context: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[count, L, H, Dh]` of a context that is only read: the same at every noise level."""
+        ck, cv = self.context_kv(self.context_norm(context)).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        ck = rms_norm(ck, self.context_k_norm)
+        if len(context) != count:
+            copies = count // len(context)
+            ck, cv = ck.repeat_interleave(copies, 0), cv.repeat_interleave(copies, 0)
+        return ck, cv
+
+    def attend(
+        self, x: Tensor, modulation: Tensor, ck: Tensor, cv: Tensor, mask: Tensor, angles: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """x after this block, its modulation `[B, 6 D]` given, which attends to itself and to what `read` gave."""
+        shift, scale, *rest = modulation.chunk(6, dim=-1)
+        q, k, v = self.image.project(x, shift, scale, angles)
+        attended = attention(q, torch.cat([k, ck], 1), torch.cat([v, cv], 1), mask=mask)
+        return self.image.finish(x, attended, *rest)
+
+    def exchange(
+        self,
+        x: Tensor,
+        context: Tensor,
+        modulation: Tensor,
+        context_modulation: Tensor,
+        mask: Tensor,
+        angles: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """x and context `[B, L, D]` after this block, in which each attends to both."""
+        assert self.context is not None
+        shift, scale, *rest = modulation.chunk(6, dim=-1)
+        q, k, v = self.image.project(x, shift, scale, angles)
+        shift, scale, *context_rest = context_modulation.chunk(6, dim=-1)
         cq, ck, cv = self.context.project(context, shift, scale, None)
         attended = attention(torch.cat([q, cq], 1), torch.cat([k, ck], 1), torch.cat([v, cv], 1), mask=mask)
         ours, theirs = attended.split([x.shape[1], context.shape[1]], dim=1)
-        return self.image.finish(x, ours, *modulation), self.context.finish(context, theirs, *context_modulation)
+        return self.image.finish(x, ours, *rest), self.context.finish(context, theirs, *context_rest)
 
 
 def swiglu_width(width: int) -> int:

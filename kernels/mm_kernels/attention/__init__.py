@@ -9,12 +9,13 @@ from torch import Tensor
 
 from mm_kernels import forward_mode
 from mm_kernels.attention import check, reference
-from mm_kernels.attention.op import Attention, AttentionTangent, attention_op
+from mm_kernels.attention.op import Attention, AttentionTangent, attention_by_sample_op, attention_op
 from mm_kernels.runtime import use_triton
 
 # On a CPU the fused form takes more than twice as long, backward included, while the scores still fit in the cache
 # (benchmarks/attention_cpu.json); beyond this many scores a head, memory decides and the fused form is used.
 EXPLICIT_SCORES = 512 * 512
+FEWEST_SCORES = 128 * 128  # a head, from which the fused form of inference in bf16 loses to plain products
 WIDEST_TANGENT = 96  # in float32, beyond which a tangent's tiles do not fit into registers
 WIDEST = 128  # heads that the kernels take, in the types below; torch takes the others on any device
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -78,6 +79,9 @@ def attention(
     small = q.device.type == "cpu" and training and q.shape[1] * k.shape[1] <= EXPLICIT_SCORES
     if small or forward_mode.active() or k.shape[1] == 0:  # torch's fused form has no forward mode
         return reference.explicit_attention(q, k, v, visible=visible, scale=scale)[0]
+    if not (training or causal) and _plain_products(q, k, v):
+        by_sample = attention_by_sample_op if torch.compiler.is_compiling() else reference.attention_by_sample
+        return by_sample(q, k, v, mask, scale)
     return reference.fused_attention(q, k, v, visible=visible, scale=scale)
 
 
@@ -115,6 +119,12 @@ def _kernels_take(q: Tensor) -> bool:
     if forward_mode.active() and q.dtype == torch.float32 and q.shape[-1] > WIDEST_TANGENT:
         return False
     return use_triton(q) and q.shape[-1] <= WIDEST and q.dtype in TYPES
+
+
+def _plain_products(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Where they take less time than torch's fused attention, forward: bf16 on a CPU, scores that fit in the cache."""
+    bf16 = q.device.type == "cpu" and q.dtype == k.dtype == v.dtype == torch.bfloat16
+    return bf16 and FEWEST_SCORES <= q.shape[1] * k.shape[1] <= EXPLICIT_SCORES
 
 
 def _one_type(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

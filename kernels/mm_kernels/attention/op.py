@@ -110,6 +110,22 @@ def _flop(*args: Any, **_: Any) -> int:
     return products * 2 * pairs * q.shape[-2] * q.shape[-1]
 
 
+@torch.library.custom_op("mm::attention_by_sample", mutates_args=())
+def attention_by_sample_op(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`reference.attention_by_sample` in a compiled graph, whose own softmax takes several times as long."""
+    return reference.attention_by_sample(q, k, v, mask, scale)
+
+
+@attention_by_sample_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@register_flop_formula(torch.ops.mm.attention_by_sample)
+def _flop_by_sample(q: tuple[int, ...], k: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 2 * 2 * q[0] * q[1] * k[1] * q[2] * q[3]
+
+
 class Attention(torch.autograd.Function):
     """The Triton form of the op with a forward-mode rule; the tangent has no backward of its own."""
 

@@ -62,6 +62,25 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, visible: Tensor | None, 
     return out.transpose(1, 2)
 
 
+def attention_by_sample(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`[B, Nq, H, D]`, a sample at a time: two batched products, and torch's softmax on scores that stay in the cache.
+
+    The scores are in the type of q. In bf16 on a CPU without tile instructions this takes about half the time of the
+    fused form, whose products are too small for the library. mask `[B, Nk]`.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    hidden = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    for b in range(len(q)):
+        head_q, head_k, head_v = (tensor[b].transpose(0, 1).contiguous() for tensor in (q, k, v))  # [H, N, D]
+        scores = torch.bmm(head_q * scale, head_k.transpose(1, 2))  # [H, Nq, Nk]
+        if hidden is not None:
+            scores += hidden[b]
+        out[b] = torch.bmm(torch.softmax(scores, -1), head_v).transpose(0, 1)
+    if mask is not None and not mask.any(1).all():
+        out.masked_fill_(~mask.any(1).view(-1, 1, 1, 1), 0.0)
+    return out
+
+
 SCORES = 1 << 24  # at once of packed sequences: beyond, halves of the batch follow each other, each padded to its own
 
 
