@@ -1,7 +1,8 @@
 """One point of a curve in a process of its own: `python _growth_probe.py KIND REQUEST` prints JSON, seconds and bytes.
 
-KIND: "step" (a training step), "labels" (classifying among so many), "texts" (encoding labels) or "shards" (opening).
-Bytes of "step" and "labels" are the peak of torch's CPU allocator within the work, above what was held before it.
+KIND: "step" (a training step), "attention", "labels" (classifying among so many), "texts" (encoding labels) or
+"shards" (opening). Bytes of the first three are the peak of torch's CPU allocator within the work, above what was held
+before it.
 """
 
 from __future__ import annotations
@@ -32,20 +33,18 @@ def timed(work: Callable[[], object], rounds: int = ROUNDS) -> float:
     return median(seconds)
 
 
-def watched(work: Callable[[], object]) -> tuple[int, float]:
-    """Peak bytes of torch's allocator in one call above those at its start, and the share of its time in attention."""
+def watched(work: Callable[[], object]) -> int:
+    """Peak bytes of torch's allocator in one call, above those at its start."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     total = peak = 0
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         total += event.nbytes()
         peak = max(peak, total)
-    own = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-    attention = sum(spent for key, spent in own.items() if "attention" in key)
-    return peak, attention / max(sum(own.values()), 1)
+    return peak
 
 
 def step(batch: int, size: int, accumulate: int, joint: bool) -> dict[str, float]:
@@ -81,9 +80,22 @@ def step(batch: int, size: int, accumulate: int, joint: bool) -> dict[str, float
         optimizers.clip()
         optimizers.step(1)
 
-    seconds = timed(work)
-    peak, attention = watched(work)
-    return {"seconds": seconds, "bytes": peak, "attention": attention}
+    return {"seconds": timed(work), "bytes": watched(work)}
+
+
+def attention(batch: int, tokens: int) -> dict[str, float]:
+    """Forward and backward of the attention of configs/demo.py's vision encoder: 6 times 3 heads of 64, in bf16."""
+    import torch
+
+    from mm_kernels import attention as attend
+
+    q, k, v = (torch.randn(batch, tokens, 3, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+
+    def work() -> None:
+        for _ in range(6):
+            attend(q, k, v).sum().backward()
+
+    return {"seconds": timed(work), "bytes": watched(work)}
 
 
 def labels(count: int) -> dict[str, float]:
@@ -109,7 +121,7 @@ def labels(count: int) -> dict[str, float]:
         kept = timed(lambda: store.write("0" * 40, weights))
         found = timed(lambda: store.read("0" * 40, (count, E)))
         assert torch.equal(store.read("0" * 40, (count, E)), weights)  # type: ignore[arg-type]
-    return {"kept": kept, "found": found, "seconds": timed(work, 9) / ROWS, "bytes": watched(work)[0] / ROWS}
+    return {"kept": kept, "found": found, "seconds": timed(work, 9) / ROWS, "bytes": watched(work) / ROWS}
 
 
 def texts(count: int) -> dict[str, float]:
@@ -150,6 +162,7 @@ if __name__ == "__main__":
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     kinds: dict[str, Callable[..., dict[str, float]]] = {
         "step": step,
+        "attention": attention,
         "labels": labels,
         "texts": texts,
         "shards": shards,

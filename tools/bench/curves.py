@@ -66,8 +66,10 @@ def tokens() -> dict[str, Lines]:
     for name, joint in (("contrastive", False), ("joint", True)):
         found = [((side // 8) ** 2, probe("step", batch=8, size=side, accumulate=1, joint=joint)) for side in SIDES]
         seconds[name] = [(count, point["seconds"]) for count, point in found]
-        seconds[f"{name}, attention alone"] = [(n, point["seconds"] * point["attention"]) for n, point in found]
         megabytes[name] = [(count, point["bytes"] / 1e6) for count, point in found]
+    found = [((side // 8) ** 2, probe("attention", batch=8, tokens=(side // 8) ** 2)) for side in SIDES]
+    seconds["vision attention alone"] = [(count, point["seconds"]) for count, point in found]
+    megabytes["one vision attention"] = [(count, point["bytes"] / 1e6) for count, point in found]
     return {"seconds a step": seconds, "MB above what stays": megabytes}
 
 
