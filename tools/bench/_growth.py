@@ -35,7 +35,7 @@ def save_curves(
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.0), squeeze=False)
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for name, points in lines.items():
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=name)
+            axis.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3.5, label=name)
         if logarithmic:
             axis.set_xscale("log")
             axis.set_yscale("log")
