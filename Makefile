@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: demo test test-all static lint bench help clean
+.PHONY: demo test test-all static lint bench bench-full help clean
 
 PYTHON ?= python3
 MINUTES ?= 8
@@ -10,7 +10,6 @@ ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-BENCHES := $(filter-out %/__init__.py,$(wildcard tools/bench/[!_]*.py kernels/bench/[!_]*.py))
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -33,13 +32,11 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## every benchmark, gathered in benchmarks/<date>-<commit>.json
-	@test -n "$(BENCHES)" || { echo "no benchmark in tools/bench or kernels/bench"; exit 1; }
-	@lines=$$(mktemp); trap 'rm -f $$lines' EXIT; \
-	out=benchmarks/$$(date +%F)-$$(git rev-parse --short HEAD).json; mkdir -p benchmarks; \
-	for script in $(BENCHES); do echo "$$script"; $(BIN)/python $$script --json | tail -n 1 >> $$lines; done; \
-	$(BIN)/python -c 'import json, sys; print(json.dumps({"results": [json.loads(line) for line in sys.stdin]}, indent=1))' \
-	    < $$lines > $$out.part; mv $$out.part $$out; echo "$$out"
+bench: $(STAMP) ## side by side with open_clip and diffusers, under half an hour: benchmarks/<date>-<commit>.json
+	$(BIN)/python tools/bench $(ARGS)
+
+bench-full: $(STAMP) ## the same, several seeds of samples to an accuracy, and how cost grows: about two hours
+	$(BIN)/python tools/bench --full $(ARGS)
 
 clean: ## remove caches and the virtual environment; runs/ stays
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

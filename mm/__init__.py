@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mm.api import LoadedModel
+
+# torch reads it at its first large allocation: huge pages where the kernel offers them, for tensors of 2 MB and more
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]

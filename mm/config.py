@@ -166,7 +166,7 @@ class OptimConfig:
     final: float = 0.02  # learning rate at the end, as a share of the peak
     schedule: Literal["cosine", "linear"] = "cosine"
     clip: float = 1.0  # largest gradient norm
-    ema: float = 0.999  # decay of the averaged weights; ramps in as (1 + step) / (10 + step)
+    ema: float = 0.999  # decay of the averaged weights; ramps in as (1 + step) / (10 + step); 0: none are kept
     accumulate: int = 1  # micro-batches a step
 
 

@@ -7,11 +7,14 @@ op refuses to run. The level is all that an op can go by: functorch takes the ta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+_OUTSIDE: dict[type[torch.autograd.Function], Callable[..., Any]] = {}
 
 
 def active() -> bool:
@@ -19,10 +22,14 @@ def active() -> bool:
     return forward_ad._current_level >= 0
 
 
-@torch.compiler.disable
 def apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    """`function.apply`, outside of compiled graphs: torch.compile takes no function with a forward-mode rule."""
-    return function.apply(*inputs)
+    """`function.apply`, outside of compiled graphs: torch.compile takes no function with a forward-mode rule.
+
+    Marked as such when it is first needed: torch's compiler takes a second to import.
+    """
+    if function not in _OUTSIDE:
+        _OUTSIDE[function] = torch.compiler.disable(function.apply)
+    return _OUTSIDE[function](*inputs)
 
 
 def refuse(name: str) -> None:

@@ -43,7 +43,7 @@ class PixelSpace(LatentSpace):
         self.shape = (3, size, size)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return pixels.float() / 127.5 - 1.0
+        return (pixels / 127.5).sub_(1.0)
 
     def decode(self, latents: Tensor) -> Tensor:
         return ((latents.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import NamedTuple
 
 import numpy as np
@@ -62,14 +62,12 @@ def _over(shards: Sequence[str], work: Callable[[str], Report], workers: int, wh
         ProcessPoolExecutor(count, context, _start_worker, (str(sidecar.cache_folder()),)) as pool,
         tqdm(total=total or None, desc=what, unit="B", unit_scale=True, disable=None) as bar,
     ):
-        waiting = {pool.submit(work, shard) for shard in shards}
+        waiting = [pool.submit(work, shard) for shard in shards]
         try:
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    report = future.result()
-                    found[report.shard] = report
-                    bar.update(report.bytes)
+            for future in as_completed(waiting):  # not wait: asked for each of many shards, it looks at all of them
+                report = future.result()
+                found[report.shard] = report
+                bar.update(report.bytes)
         except BaseException:  # Ctrl-C: what is being read is finished, the rest is left
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -34,16 +34,19 @@ def normal(seeds: Tensor, shape: tuple[int, ...], stream: int) -> Tensor:
     bits = hash64(seeds, (count + 1) // 2, stream)
     radius = (((_shift_right(bits, 40)).float() + 0.5) * 2.0**-24).log_().mul_(-2.0).sqrt_()
     angle = ((bits & 0xFFFFFF).float()).mul_(2.0 * math.pi * 2.0**-24)
-    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)  # [B, ceil(count / 2), 2]
+    pairs = torch.empty(*bits.shape, 2, device=seeds.device)  # [B, ceil(count / 2), 2]
+    torch.mul(radius, angle.cos(), out=pairs[..., 0])
+    torch.mul(radius, angle.sin_(), out=pairs[..., 1])
     return pairs.flatten(1)[:, :count].reshape(len(seeds), *shape)
 
 
 def _shift_right(x: Tensor, by: int) -> Tensor:
     """A logical shift: torch's >> copies the sign."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
+    return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX1
-    x = (x ^ _shift_right(x, 27)) * _MIX2
-    return x ^ _shift_right(x, 31)
+    """In place: for whole pictures, new memory costs more than the arithmetic."""
+    x.bitwise_xor_(_shift_right(x, 30)).mul_(_MIX1)
+    x.bitwise_xor_(_shift_right(x, 27)).mul_(_MIX2)
+    return x.bitwise_xor_(_shift_right(x, 31))

@@ -41,11 +41,15 @@ class Schedule:
     def add_noise(self, x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """z at level sigma `[B]` from images x and standard normal noise `[B, C, H, W]`."""
         sigma = sigma.view(-1, 1, 1, 1)
-        return (1 - sigma) * x + sigma * self.noise_scale * noise
+        return ((1 - sigma) * x).add_(sigma * self.noise_scale * noise)
 
     def velocity(self, z: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """dz/dsigma = (z - x) / sigma, from the true or the predicted x; sigma `[B]`."""
-        return (z - x) / sigma.view(-1, 1, 1, 1).clamp_min(self.floor)
+        return (z - x) / self.floored(sigma).view(-1, 1, 1, 1)
+
+    def floored(self, sigma: Tensor) -> Tensor:
+        """What a difference of pictures is divided by for one of velocities: sigma, but never next to nothing."""
+        return sigma.clamp_min(self.floor)
 
     def _shift(self, sigma: Tensor) -> Tensor:
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)

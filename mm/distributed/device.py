@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch._functorch.config
 import torch._inductor.config
 from torch import nn
 
@@ -56,6 +57,8 @@ def compile_blocks(module: nn.Module, device: torch.device) -> str:
         torch._inductor.config.cpp.vec_isa_ok = True
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that there is no CUDA
         torch._inductor.config.cpp.cxx = (None, found)
+        # norms and activations are made again in the backward, which takes no longer than to read them back
+        torch._functorch.config.aggressive_recomputation = True
     # blocks share their code: past the limit later ones would run eager, and in a resumed process perhaps other ones
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     count = 0

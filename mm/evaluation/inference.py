@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from mm.diffusion.sampler import Solver
+from mm.evaluation.packed import Packed
 from mm.fields import suggestion
 from mm.types import Batch, Encoded
 
 if TYPE_CHECKING:
     from mm.adapters.base import Adapter, Processor
-    from mm.config import TrainConfig
+    from mm.config import ImageConfig, TextConfig, TrainConfig
     from mm.evaluation.prepared import Prepared
     from mm.models.model import Model
 
@@ -29,24 +30,21 @@ MICRO_BATCH = {"image": 32, "text": 64, "draw": 8}
 EVEN_THREADS = 2
 _SMALL_SIDE = 32  # pixels: larger pictures go in smaller micro-batches on a CPU, of about as many pixels
 _FULL = 128  # image tokens of a micro-batch that draws on a CPU, twice as many with guidance: products are fast then
-_SMALL_TEXT = 2048  # width x depth of a text encoder
+_WORK = 5e9  # multiply-adds of a micro-batch on a CPU: it is always full, and one item must not cost as much as many
+TEXT_STEP = 4  # tokens: what a text is padded to is a multiple of it
 
 Items = tuple[Tensor, ...]  # columns of equal length: row i of each belongs to item i
 
 
 def cut_padding(ids: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Items]]:
-    """Texts that fit into a quarter of L, into half of it, and the rest: their rows, ids and lengths.
+    """Texts that fit into 4 tokens, into 8, into 12 and so on up to L: their rows, ids and lengths.
 
     What an item is padded to follows from its own length, so it stays alike whatever else is in the call.
     """
-    taken = torch.zeros_like(lengths, dtype=torch.bool)
-    for parts in (4, 2, 1):
-        width = -(-ids.shape[1] // parts)
-        fitting = (lengths <= width) & ~taken
-        taken |= fitting
-        rows = fitting.nonzero()[:, 0]
-        if len(rows):
-            yield rows, (ids[rows, :width], lengths[rows])
+    widths = (-(-lengths // TEXT_STEP) * TEXT_STEP).clamp(min=TEXT_STEP, max=ids.shape[1])
+    for width in widths.unique().tolist():
+        rows = (widths == width).nonzero()[:, 0]
+        yield rows, (ids[rows, :width], lengths[rows])
 
 
 class Inference:
@@ -55,6 +53,7 @@ class Inference:
     def __init__(self, model: Model, config: TrainConfig, extras: dict[str, Tensor]) -> None:
         self.model, self.config, self.extras = model, config, extras
         self.fingerprint = ""  # set by mm.models.fingerprint once it was asked for
+        self._packed = Packed(model)
         self.bf16 = False  # matrix products in bf16, as in training: faster, and what evaluation uses
         self.compiled = False  # compile the blocks that draw in bf16 on a CPU: worth it for hundreds of pictures
         self._prepared: tuple[object, Prepared] | None = None
@@ -123,12 +122,13 @@ class Inference:
         """`encode` for columns that `prepare` or a loader has made."""
         if not columns or not len(columns[0]):
             return torch.zeros(0, self.config.model.embed_dim)
-        size = micro_batch or self.size(name)
         label = f"encoding {name}" if progress else ""
         out = torch.empty(len(columns[0]), self.config.model.embed_dim)
         whole = len(columns) == 1 or (name == "text" and not self._ignores_padding)
         for rows, part in [(slice(None), columns)] if whole else cut_padding(*columns):
-            out[rows] = self.run(lambda *part: (self._encoded(name, part).pooled,), part, size, label)[0].cpu().float()
+            size = micro_batch or self.size(name, part[0].shape[1])
+            vectors = self.run(lambda *part: (self._encoded(name, part, True).pooled,), part, size, label)[0]
+            out[rows] = vectors.cpu().float()
         return out
 
     def generate(
@@ -159,10 +159,11 @@ class Inference:
         assert encoded.tokens.mask is not None
         return encoded.tokens.x, encoded.tokens.mask, encoded.pooled
 
-    def _encoded(self, name: str, columns: Items) -> Encoded:
+    def _encoded(self, name: str, columns: Items, pooled_only: bool = False) -> Encoded:
         lengths = {name: columns[1]} if len(columns) > 1 else {}
-        batch = Batch({name: columns[0]}, lengths)
-        return self.model.encode(batch.to(self.model.device))[name]
+        batch = Batch({name: columns[0]}, lengths).to(self.model.device)
+        packed = self._packed.encode(name, batch, pooled_only) if self.bf16 else None
+        return self.model.encode(batch, [name] if pooled_only else [])[name] if packed is None else packed
 
     def prepared(self) -> Prepared | None:
         """The denoiser made ready to draw in bf16, made anew when its weights change; None where it cannot be.
@@ -174,14 +175,14 @@ class Inference:
         denoiser = self.model.denoiser
         if not self.bf16 or denoiser is None or not can_prepare(denoiser):
             return None
-        weights = [(weight.data_ptr(), weight._version) for weight in denoiser.parameters()]
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in denoiser.parameters()]
         key = (id(denoiser), self.compiled, weights)
         if self._prepared is None or self._prepared[0] != key:
             self._prepared = key, Prepared(denoiser, 2 * self.size("draw"), compiled=self.compiled)
         return self._prepared[1]
 
-    def size(self, kind: str) -> int:
-        """Items of a micro-batch of "image", "text" or "draw"."""
+    def size(self, kind: str, tokens: int = 0) -> int:
+        """Items of a micro-batch of "image", "draw" or "text", of which each is padded to `tokens`."""
         cpu = self.model.device.type == "cpu"
         if cpu and torch.get_num_threads() > EVEN_THREADS:
             return 1
@@ -189,15 +190,17 @@ class Inference:
         if not cpu:
             return usual
         image, text = self.config.model.image, self.config.model.text
-        if (
-            kind == "text"
-        ):  # a micro-batch is always full: one label should not cost as much as 64 where each costs a lot
-            return usual if text.tower is None and text.width * text.depth <= _SMALL_TEXT else 8
         denoiser = self.model.denoiser
-        if kind == "draw" and denoiser is not None:  # one picture should not cost as much as eight
+        if kind == "draw" and denoiser is not None:
             patches = denoiser.shape[1] * denoiser.shape[2] // denoiser.config.patch**2
             return min(usual, max(1, _FULL // patches))
-        return max(1, usual * _SMALL_SIDE**2 // max(image.size, _SMALL_SIDE) ** 2)
+        if kind == "text":
+            work = (tokens or text.context_length) * _token(text)
+            return 8 if text.tower is not None else min(usual, _power_of_two(_WORK / work))
+        pictures = max(1, usual * _SMALL_SIDE**2 // max(image.size, _SMALL_SIDE) ** 2)
+        if kind != "image" or image.tower is not None:
+            return pictures
+        return max(pictures, min(usual, _power_of_two(_WORK / ((image.size // image.patch) ** 2 * _token(image)))))
 
     def run(self, function: Callable[..., Items], columns: Items, size: int, label: str = "") -> Items:
         """`function` over micro-batches of exactly `size` items; its columns for the real ones, joined."""
@@ -215,3 +218,13 @@ class Inference:
                 parts.append(tuple(column[:real] for column in function(*whole)))
                 bar.update(real)
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))  # out here: usable under autograd
+
+
+def _token(part: ImageConfig | TextConfig) -> float:
+    """Multiply-adds of a token in the matrices of an encoder."""
+    return part.depth * part.width**2 * (4 + 2 * part.mlp_ratio)
+
+
+def _power_of_two(most: float) -> int:
+    """The largest one that is at most `most`, and at least 1: an odd micro-batch is not cut evenly for two threads."""
+    return 1 << max(0, int(most).bit_length() - 1)

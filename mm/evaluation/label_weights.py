@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.evaluation.inference import TEXT_STEP
 from mm.evaluation.label_cache import LabelCache, folder_of
 from mm.evaluation.vocabulary import filled
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 TEXTS = 8192  # encoded at a time: 80,000 would be held as ids and as embeddings at once
 KEPT_BYTES = 256 << 20  # in memory, of one model
-_FORMAT = "1"  # of what is hashed and kept; another one where the same labels would get other weights
+_FORMAT = "2"  # of what is hashed and kept; another one where the same labels would get other weights
 
 
 def encode_labels(
@@ -118,7 +119,7 @@ class LabelWeights:
     def _wanted(self, labels: Sequence[str], templates: Sequence[str]) -> str:
         """A hash of the words, and of what else changes an embedding's last bits."""
         how = [self.inference.model.device.type, "bf16" if self.inference.bf16 else "fp32"]
-        how += [torch.__version__, str(self.inference.size("text"))]  # a micro-batch depends on the threads
+        how += [torch.__version__, str(self.inference.size("text", TEXT_STEP))]  # which depends on the threads
         return self._hash(json.dumps([how, list(templates), list(labels)], ensure_ascii=False))
 
     @staticmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mm.adapters.open_clip_files import alone
 from mm.fields import suggestion
 
 MOST_LABELS = 1_000_000
@@ -108,6 +109,4 @@ def _short(value: Any) -> str:
 
 
 def _published(name: str) -> Any:
-    import open_clip.zero_shot_metadata as published  # seconds to import
-
-    return getattr(published, name)
+    return getattr(alone("zero_shot_metadata"), name)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm.adapters import open_clip_files
 from mm.adapters.hub import reachable
 from mm.adapters.text import ClipTokenizer
 from mm.config import ConfigError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mm.config import ModelConfig, TextConfig
 
 PREFIX = "open_clip:"
+PREPROCESS = {"interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}  # open_clip's PreprocessCfg
 IGNORED = ("attn_mask", "position_ids", "text_decoder.")
 TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")  # of CLIP's own
 
@@ -125,25 +127,23 @@ def _split(where: str) -> tuple[str, str]:
 
 def _described(source: str, name: str, tag: str, weights: bool) -> tuple[dict[str, Any], dict[str, Any], str]:
     """model_cfg, preprocess_cfg and, with `weights`, the path of the weights."""
-    from open_clip.factory import _MODEL_CONFIGS, get_model_config
-    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-    from open_clip.transform import PreprocessCfg
-
-    default = {
-        key: getattr(PreprocessCfg(), key) for key in ("mean", "std", "interpolation", "resize_mode", "fill_color")
-    }
+    constants = open_clip_files.alone("constants")
+    default = {"mean": constants.OPENAI_DATASET_MEAN, "std": constants.OPENAI_DATASET_STD, **PREPROCESS}
     if name.startswith("local-dir:"):
         return _folder(source, Path(name.removeprefix("local-dir:")), default, weights)
     if name.startswith("hf-hub:"):
         return _repository(source, name.removeprefix("hf-hub:"), default, weights)
-    cfg = get_model_config(name)
+    cfg = open_clip_files.model_config(name)
+    if cfg is not None and not tag and not weights:
+        return cfg, default, ""
+    from open_clip.factory import _MODEL_CONFIGS
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
     if cfg is None:
         raise ConfigError(f"{source}: open_clip has no model {name}{suggestion(name, list(_MODEL_CONFIGS))}")
     if not tag:
-        if weights:
-            tags = ", ".join(list_pretrained_tags_by_model(name)[:8]) or "none"
-            raise ConfigError(f"{source}: no weights named; add /TAG (of {tags}) or @FILE.safetensors")
-        return cfg, default, ""
+        tags = ", ".join(list_pretrained_tags_by_model(name)[:8]) or "none"
+        raise ConfigError(f"{source}: no weights named; add /TAG (of {tags}) or @FILE.safetensors")
     known = get_pretrained_cfg(name, tag)
     if not known:
         tags = list_pretrained_tags_by_model(name)

@@ -44,7 +44,7 @@ class Origin:
         from mm.models.model import Model
 
         check_tokenizer(self.source, self.model, self.tokenizer)
-        model = build(lambda: Model(self.model, self.tokenizer), self.tensors.values(), self.source)
+        model = build(lambda: Model(self.model, self.tokenizer, init=False), self.tensors.values(), self.source)
         for name in set(model.adapters) - set(self.parts):
             del model.adapters[name], model.encoders[name]
         fill(model, {n: t for n, t in self.tensors.items() if not n.startswith(OBJECTIVES)}, self.source)

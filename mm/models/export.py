@@ -82,7 +82,7 @@ def load_export(folder: str | os.PathLike[str]) -> tuple[Model, dict[str, Tensor
     Raises ConfigError as `read_export`, and where the weights are not those of the config.
     """
     state, tokenizer, config, note = read_export(folder)
-    model = build(lambda: Model(config.model, tokenizer), state.values(), str(folder))
+    model = build(lambda: Model(config.model, tokenizer, init=False), state.values(), str(folder))
     for name in set(model.adapters) - set(parts_of(state, model.adapters)):
         del model.adapters[name], model.encoders[name]
     ours = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}

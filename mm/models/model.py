@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -11,7 +12,7 @@ from mm.adapters.image import ImageAdapter, ImageProcessor, PixelAdapter
 from mm.adapters.latents import LatentsProcessor, latent_space
 from mm.adapters.text import IdsAdapter, TextAdapter, TextProcessor
 from mm.models.denoiser import Denoiser, gather_condition
-from mm.models.encoder import image_encoder, text_encoder
+from mm.models.encoder import Encoder, image_encoder, text_encoder
 from mm.models.init import init_weights
 from mm.models.modality import modality
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from mm.adapters.base import Adapter, Processor
     from mm.adapters.text import Tokenizer
     from mm.config import ModelConfig
-    from mm.models.encoder import Encoder
     from mm.models.wrapped import Wrapped
     from mm.types import Batch, Encoded, Tokens
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Model(nn.Module):
     """Both encoders and the denoiser. `config` and `tokenizer` say everything that is needed to build it again."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer):
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, init: bool = True):
+        """`init` False: for weights that are loaded afterwards, all of them."""
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         image, text = config.image, config.text
@@ -52,7 +53,8 @@ class Model(nn.Module):
         self.denoiser = None
         if config.denoiser is not None:
             self.denoiser = Denoiser(config.denoiser, latents.shape, self.width("text"), 2 * config.embed_dim)
-        init_weights(self)
+        if init:
+            init_weights(self)
         self.latents = latents  # last: its weights come from elsewhere
 
     def width(self, name: str) -> int:
@@ -68,13 +70,15 @@ class Model(nn.Module):
                 found["latents"] = LatentsProcessor(self.latents.shape)
         return found
 
-    def encode(self, batch: Batch) -> dict[str, Encoded]:
-        """Every modality of the batch, once."""
-        return {
-            name: self.encoders[name](cast("Adapter", adapter).embed(batch))
-            for name, adapter in self.adapters.items()
-            if name in batch.inputs
-        }
+    def encode(self, batch: Batch, pooled_only: Collection[str] = ()) -> dict[str, Encoded]:
+        """Every modality of the batch, once; of those in `pooled_only` mm's own encoders give no tokens."""
+        found = {}
+        for name, adapter in self.adapters.items():
+            if name in batch.inputs:
+                encoder, tokens = self.encoders[name], cast("Adapter", adapter).embed(batch)
+                lean = name in pooled_only and isinstance(encoder, Encoder)
+                found[name] = encoder(tokens, pooled_only=True) if lean else encoder(tokens)
+        return found
 
     def condition(self, encoded: dict[str, Encoded], keep: dict[str, Tensor]) -> tuple[Tokens, Tensor]:
         """The denoiser's conditions, with the hidden ones blanked; see `gather_condition`."""

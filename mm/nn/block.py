@@ -54,18 +54,38 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, offsets: Tensor | None = None, longest: int | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        offsets: Tensor | None = None,
+        longest: int | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """x `[B, N, D]` with mask `[B, N]`, True where a token is real; or packed `[T, D]`.
 
-        Packed sequences begin at `offsets` `[B + 1]`, and none has more than `longest` tokens.
+        Packed sequences begin at `offsets` `[B + 1]`, and none has more than `longest` tokens. With `rows` int64 `[B]`
+        only that token of each sequence is computed, its place in the sequence or in the packed x: `[B, 1, D]`, or
+        packed `[B, D]`. Of packed causal sequences it must be the last.
         """
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [.., H, Dh] each
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk_norm_rope(q, k, self.q_norm, self.k_norm, None, None)
-        attended = attention(q, k, v, mask=mask, cu_q=offsets, max_q=longest, max_k=longest, causal=self.causal)
+        begin, many, causal = offsets, longest, self.causal
+        if rows is not None:
+            if offsets is not None:
+                begin, many, causal = torch.arange(len(rows) + 1, dtype=torch.int32, device=x.device), 1, False
+            elif causal:
+                seen = torch.arange(x.shape[1], device=x.device) <= rows[:, None]
+                mask, causal = seen if mask is None else mask & seen, False
+            q, x = taken(q, rows, offsets is not None), taken(x, rows, offsets is not None)
+        attended = attention(q, k, v, mask=mask, cu_q=begin, cu_k=offsets, max_q=many, max_k=longest, causal=causal)
         x = x + self.out(attended.flatten(-2))
         return x + self.fc2(ACTIVATIONS[self.activation](self.fc1(self.norm2(x))))
+
+
+def taken(x: Tensor, rows: Tensor, packed: bool = False) -> Tensor:
+    """One token of each sequence: `[B, 1, ...]` of x `[B, N, ...]` at rows `[B]`; packed, rows of x `[B, ...]`."""
+    return x.index_select(0, rows) if packed else x[torch.arange(len(x), device=x.device), rows].unsqueeze(1)
 
 
 class Stream(nn.Module):

@@ -9,6 +9,16 @@ from torch import Tensor
 from mm_kernels import Ragged
 
 
+def span(mask: Tensor, step: int = 16) -> int:
+    """Columns of mask `[B, L]` up to the last real token of any row, rounded up to a multiple of `step`, at most L.
+
+    What follows is padding in every row. Few numbers are possible, so that little is compiled twice.
+    """
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    last = int((places * mask).max()) if mask.numel() else 0
+    return min(mask.shape[1], -(-max(last, 1) // step) * step)
+
+
 def layout(mask: Tensor) -> Ragged:
     """The packing of the real tokens of mask `[B, L]`, in order, wherever in a row they are.
 

@@ -23,12 +23,16 @@ def pool_tokens(x: Tensor, mask: Tensor | None, kind: str) -> Tensor:
     if kind == "last":
         if mask is None:
             return x[:, -1]
-        place = torch.arange(1, mask.shape[1] + 1, device=x.device)
-        return x[torch.arange(len(x), device=x.device), (mask * place).argmax(1)]
+        return x[torch.arange(len(x), device=x.device), last_real(mask)]
     if mask is None:
         return x.mean(1)
     weight = mask.to(x.dtype)[..., None]  # [B, N, 1]
     return (x * weight).sum(1) / weight.sum(1)
+
+
+def last_real(mask: Tensor) -> Tensor:
+    """The place `[B]` of the last real token of each row of mask `[B, N]`; 0 where there is none."""
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
 
 
 class AttentionPool(nn.Module):

@@ -26,6 +26,7 @@ class Align(Objective):
     """Owns the projector and the teacher, an average of the vision encoder's weights that gets no gradient."""
 
     steps: Tensor
+    reads = ()  # the teacher encodes for itself
 
     def __init__(self, config: AlignConfig, model: Model, diffusion: DiffusionConfig):
         super().__init__()

@@ -17,6 +17,7 @@ class Objective(nn.Module):
     """One term of the training loss; `weight` is applied by `TrainStep`."""
 
     weight: float
+    reads: tuple[str, ...] | None = None  # modalities whose tokens it takes, not only the pooled vectors; None: all
     pairwise: bool = False  # over pairs of samples: a micro-batch alone would not do
     group: ProcessGroup | None = None  # the processes whose rows make up the batch; set by mm.distributed
 

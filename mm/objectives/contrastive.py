@@ -25,6 +25,7 @@ class Contrastive(Objective):
     means the same between any two modalities.
     """
 
+    reads = ()
     pairwise = True
 
     def __init__(self, config: ContrastiveConfig, pairs: Sequence[tuple[str, str]] = (("image", "text"),)):

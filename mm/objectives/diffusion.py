@@ -28,6 +28,8 @@ class Diffusion(Objective):
     With `tap` set, the denoiser's image tokens `[B K, N, D]` after that many blocks are left in `encoded["denoiser"]`.
     """
 
+    reads = ("text",)
+
     def __init__(self, config: DiffusionConfig, tap: int | None = None):
         super().__init__()
         self.weight, self.config, self.tap = config.weight, config, tap
@@ -53,7 +55,8 @@ class Diffusion(Objective):
         if self.tap is not None:
             raw, tapped = raw
             encoded[DENOISER] = Encoded(Tokens(tapped), tapped.mean(1))
-        value = velocity_error(self.schedule, x, raw, sigma).square().mean()
+        distance = torch.linalg.vector_norm((x - raw).flatten(1), dim=1)  # few passes over the pictures, either way
+        value = (distance / self.schedule.floored(sigma)).square().sum() / x.numel()
         return Loss(value, {"loss/diffusion": value.detach()})
 
     def _switched(self, encoded: dict[str, Encoded], places: Tensor | None) -> dict[str, Encoded]:
@@ -69,7 +72,7 @@ class Diffusion(Objective):
 
 
 def velocity_error(schedule: Schedule, x: Tensor, raw: Tensor, sigma: Tensor) -> Tensor:
-    """What the predicted velocity is off by, `[B, C, H, W]` float32; the loss is its mean square.
+    """What the predicted velocity is off by, `[B, C, H, W]` float32; the loss above is its mean square.
 
     `raw` is what the denoiser gave for x at levels sigma `[B]`. Both velocities start from the same z, so their
     difference is that of the two x over sigma.

@@ -46,7 +46,7 @@ class TrainStep(nn.Module):
         With `fed`, of a micro-batch: the pairwise objectives are in it only as their gradients, which `pairs` found,
         and the others as the share of `accumulate` micro-batches.
         """
-        encoded = self.model.encode(batch)
+        encoded = self.model.encode(batch, self.pooled_only)
         if fed is None:
             return self.combine(batch, encoded, list(self.objectives))
         leaves = {name: item.pooled for name, item in encoded.items()} | self._owned()
@@ -71,6 +71,15 @@ class TrainStep(nn.Module):
         return Loss(total, metrics | {"loss": total.detach()})
 
     @property
+    def pooled_only(self) -> set[str]:
+        """The modalities whose tokens no objective reads."""
+        names = set(self.model.adapters)
+        for objective in self.objectives.values():
+            reads = cast("Objective", objective).reads
+            names -= names if reads is None else set(reads)
+        return names
+
+    @property
     def pairwise(self) -> list[str]:
         """The objectives over pairs of samples, for which a micro-batch alone would not do."""
         return [name for name, objective in self.objectives.items() if cast("Objective", objective).pairwise]
@@ -84,7 +93,7 @@ class TrainStep(nn.Module):
     def features(self, batch: Batch) -> dict[str, Tensor]:
         """Every modality's pooled vectors `[B, E]`, without a graph."""
         with watched(self):
-            return {name: encoded.pooled for name, encoded in self.model.encode(batch).items()}
+            return {name: encoded.pooled for name, encoded in self.model.encode(batch, self.pooled_only).items()}
 
     def pairs(self, batch: Batch, features: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Metrics of the pairwise objectives over the features, and their gradients: of those, and of own parameters.

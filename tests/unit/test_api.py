@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import mm
 from mm.adapters.text import train_tokenizer
 from mm.api import LoadedModel
 from mm.config import ConfigError, TrainConfig
+from mm.evaluation import packed
 from mm.models.export import save_export
 from mm.objectives.step import build_step
 from mm.settings import load as load_config
@@ -62,7 +64,11 @@ def pictures(count: int, size: int = 40) -> list[Image.Image]:
     return [Image.fromarray(array) for array in pixels]
 
 
-def test_an_embedding_is_bitwise_the_same_alone_in_a_batch_and_in_any_place(model: LoadedModel, threads: int) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_embedding_is_bitwise_the_same_alone_in_a_batch_and_in_any_place(
+    model: LoadedModel, threads: int, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.inference, "bf16", bf16)
     images, texts = pictures(37), [f"{WORDS[n % 6]} {n}" + " and more" * (n % 4) for n in range(70)]
     together = model.encode(image=images, text=texts)
     assert together["image"].shape == (37, 32) and together["text"].shape == (70, 32)
@@ -74,6 +80,35 @@ def test_an_embedding_is_bitwise_the_same_alone_in_a_batch_and_in_any_place(mode
     backwards = model.encode(image=images[::-1], text=texts[::-1])
     assert torch.equal(backwards["image"].flip(0), together["image"])
     assert torch.equal(backwards["text"].flip(0), together["text"])
+
+
+def test_matrices_packed_for_bf16_change_no_bit_and_follow_the_weights(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mm.load(str(run), device="cpu")
+    model.inference.bf16 = True
+    images = pictures(5)
+
+    def both() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        found = model.encode(image=images, text=WORDS)
+        with monkeypatch.context() as patch:
+            patch.setattr(packed, "_can", lambda encoder: False)
+            return found, model.encode(image=images, text=WORDS)
+
+    before = both()
+    with torch.no_grad():
+        for encoder in model.inference.model.encoders.values():
+            encoder.blocks[0].fc1.weight.mul_(1.5)
+    after = both()
+    for name in ("image", "text"):
+        assert torch.equal(before[0][name], before[1][name]) and torch.equal(after[0][name], after[1][name])
+        assert not torch.equal(before[0][name], after[0][name])
+
+
+def test_loading_draws_no_random_number(run: Path) -> None:
+    state = torch.random.get_rng_state()
+    mm.load(str(run), device="cpu")
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_short_texts_are_encoded_without_most_of_their_padding_and_come_out_as_with_it(model: LoadedModel) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,19 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clips import OWN, WRAPPED, made, picture
+from safetensors.torch import save_file
 from torch import Tensor
 
 import mm
+from mm.adapters import open_clip_files
 from mm.adapters.image import ImageProcessor
 from mm.adapters.resample import Fit
+from mm.interop.open_clip import PREPROCESS
 from mm.interop.sources import read
 from mm.models.export import load_export, save_export
 from mm.types import Batch
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
 TEXTS = ["a cat", "Two  DOGS on a mat, it's raining &amp; cold", " ".join(["elephants"] * 40), "ok"]
 PICTURES = [picture(61, 43), picture(33, 90), picture(20, 17), picture(160, 160), picture(50, 31, "L")]
 
@@ -71,6 +78,29 @@ def test_what_belongs_to_a_model_comes_along_and_is_saved_with_it(name: str, tmp
         mm.load(tmp_path / "saved").encode(image=PICTURES, text=TEXTS),
     )
     assert all(torch.equal(one[part], other[part]) for part in one)
+
+
+def test_single_files_of_open_clip_say_what_the_package_says() -> None:
+    default = PreprocessCfg()
+    assert {key: getattr(default, key) for key in PREPROCESS} == PREPROCESS
+    for name in ("ViT-B-32", "ViT-S-32-alt", "coca_ViT-B-32", "ViT-B-16-SigLIP"):
+        file = open_clip_files._folder() / "model_configs" / f"{name}.json"
+        assert json.loads(file.read_text()) == open_clip.get_model_config(name) == open_clip_files.model_config(name)
+
+
+def test_a_clip_is_loaded_and_asked_without_importing_open_clip_or_a_compiler(run_python: Run, tmp_path: Path) -> None:
+    state = open_clip.create_model("ViT-S-32-alt").state_dict()
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "clip.safetensors")
+    code = """
+import sys, mm
+classify = mm.load("open_clip:ViT-S-32-alt@clip.safetensors").classifier(["cat", "dog"], templates="simple")
+from PIL import Image
+assert len(classify.top(Image.new("RGB", (9, 9)))) == 2
+heavy = ("open_clip", "torch._dynamo", "torchvision", "transformers", "timm", "sympy")
+print([name for name in heavy if name in sys.modules])
+"""
+    done = run_python("-c", code)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "resnet", "layer scale"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mm.models.encoder import Encoder
-from mm.nn.packing import layout
+from mm.nn.packing import layout, span
 from mm.types import Tokens
 
 
@@ -31,19 +31,23 @@ def test_at_most_an_eighth_of_the_rows_fills_up(tokens: int, rows: int) -> None:
     assert len(layout(mask).place) == rows
 
 
+@pytest.mark.parametrize("context", [7, 40])
 @pytest.mark.parametrize("pool", ["mean", "last"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_packed_encoder_equals_the_padded_one_with_all_gradients(mask: torch.Tensor, pool: str, causal: bool) -> None:
+def test_a_packed_encoder_equals_the_padded_one_with_all_gradients(
+    mask: torch.Tensor, context: int, pool: str, causal: bool
+) -> None:
     torch.manual_seed(0)
+    mask = torch.nn.functional.pad(mask, (0, context - 7))
     encoder = Encoder(32, 2, 2, 16, pool=pool, causal=causal)
-    x = torch.randn(4, 7, 32)
+    x = torch.randn(4, context, 32)
     results = []
     for training in (True, False):
         encoder.train(training)
         encoder.zero_grad()
         leaf = x.clone().requires_grad_()
         encoded = encoder(Tokens(leaf, mask=mask))
-        tokens = encoded.tokens.x[mask]
+        tokens = encoded.tokens.x[mask[:, : encoded.tokens.x.shape[1]]]
         (encoded.pooled.square().mul(torch.arange(16.0)).sum() + tokens.sin().sum()).backward()
         assert leaf.grad is not None
         results.append([encoded.pooled, tokens, leaf.grad[mask], *(p.grad for p in encoder.parameters())])
@@ -78,3 +82,43 @@ def test_the_longest_of_packed_tokens_is_found_where_it_is_not_said() -> None:
     offsets = torch.tensor([0, 4, 9], dtype=torch.int32)
     said, found = (encoder(Tokens(x, cu_seqlens=offsets, max_len=longest)).pooled for longest in (5, 0))
     assert torch.equal(said, found)
+
+
+@pytest.mark.parametrize(("longest", "columns"), [(1, 16), (16, 16), (17, 20), (20, 20)])
+def test_columns_of_nothing_but_padding_are_left_out(longest: int, columns: int) -> None:
+    mask = torch.arange(20) < torch.tensor([[1], [longest]])
+    assert span(mask) == columns
+    encoded = Encoder(32, 1, 2, 16, pool="last").train()(Tokens(torch.randn(2, 20, 32), mask=mask))
+    assert encoded.tokens.x.shape[1] == columns and torch.equal(encoded.tokens.mask, mask[:, :columns])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("pool", ["last", "cls", "end", "mean"])
+def test_the_pooled_token_alone_has_the_same_vector_and_gradients(pool: str, causal: bool, training: bool) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(32, 2, 2, 16, pool=pool, causal=causal, norm_after_pool=pool == "cls").train(training)
+    x, mask = torch.randn(4, 7, 32), torch.arange(7) < torch.tensor([[3], [7], [1], [5]])
+    tokens = {
+        "masked": Tokens(x, mask=mask),
+        "dense": Tokens(x),
+        "packed": Tokens(layout(mask).pack(x), cu_seqlens=layout(mask).offsets, max_len=7),
+    }
+    for kind, given in tokens.items():
+        if kind == "packed" and pool == "end":
+            continue  # of padding
+        found = []
+        for lean in (False, True):
+            encoder.zero_grad()
+            pooled = encoder(given, pooled_only=lean).pooled
+            (pooled * torch.arange(16.0)).sum().backward()
+            found.append([pooled, *(p.grad.clone() for p in encoder.parameters() if p.grad is not None)])
+        for whole, lean_one in zip(*found, strict=True):
+            torch.testing.assert_close(lean_one, whole, atol=1e-5, rtol=1e-4)
+    assert pool == "mean" or encoder(Tokens(x), pooled_only=True).tokens.x.shape == (4, 0, 32)
+
+
+def test_a_text_of_no_tokens_has_the_vector_of_nothing() -> None:
+    encoder = Encoder(32, 2, 2, 16, pool="last", causal=True).train()
+    tokens = Tokens(torch.randn(2, 7, 32), mask=torch.arange(7) < torch.tensor([[3], [0]]))
+    torch.testing.assert_close(encoder(tokens, pooled_only=True).pooled, encoder(tokens).pooled)

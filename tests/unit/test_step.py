@@ -150,3 +150,16 @@ def test_padding_changes_nothing() -> None:
     longest = int(batch.lengths["text"].max())
     cut = Batch({**batch.inputs, "text": batch.inputs["text"][:, :longest]}, batch.lengths, batch.seeds, batch.keys)
     torch.testing.assert_close(step(cut).value, step(batch).value, atol=1e-6, rtol=1e-6)
+
+
+def test_tokens_that_no_objective_reads_are_not_made() -> None:
+    step, batch = build(tiny()), make_batch(build(tiny()))
+    assert step.pooled_only == {"image"}  # the denoiser reads the text's
+    step.objectives["contrastive"].reads = None  # what may read anything
+    assert step.pooled_only == set()
+    lean = build(tiny(diffusion=None))
+    assert lean.pooled_only == {"image", "text"}
+    seen = {}
+    lean.objectives["contrastive"].register_forward_pre_hook(lambda _, inputs: seen.update(inputs[2]))
+    lean(batch)
+    assert {name for name, encoded in seen.items() if encoded.tokens.x.shape[1] == 0} <= lean.pooled_only

@@ -22,15 +22,20 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 
 def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of each call, the two sides in turn, after one call of each that is not counted."""
-    ours()
-    peer()
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        for side, function in enumerate((ours, peer)):
+    """Seconds of each call of two sides, as `rounds_of`."""
+    seconds = rounds_of({"ours": ours, "peer": peer}, rounds)
+    return seconds["ours"], seconds["peer"]
+
+
+def rounds_of(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call of each side, in turn; one round before them is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, function in sides.items():
             start = time.perf_counter()
             function()
-            seconds[side].append(time.perf_counter() - start)
+            if number:
+                seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
@@ -73,12 +78,30 @@ def report(
         print(json.dumps(result))
 
 
-def arguments(description: str, **numbers: int) -> argparse.Namespace:
-    """The command line: --json, and a whole number for each of `numbers`, with its default."""
+def figure(
+    name: str,
+    value: float,
+    *,
+    unit: str,
+    mark: float,
+    better: str,
+    json_too: bool,
+    packages: Sequence[str],
+    **more: Any,
+) -> None:
+    """A figure that is held against a mark and no peer, printed as `report` does."""
+    print(f"{name}: {value:.4g} {unit} (mark {mark:.3g})")
+    if json_too:
+        result = {"name": name, "ours": value, "unit": unit, "mark": mark, "better": better}
+        print(json.dumps({**result, **circumstances(packages), **more}))
+
+
+def arguments(description: str, **options: int | str) -> argparse.Namespace:
+    """The command line: --json, and a whole number or word for each of `options`, with its default."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    for name, default in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    for name, default in options.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
     return parser.parse_args()
 
 

@@ -1,0 +1,90 @@
+"""Every comparison with the peers, one after the other: `python tools/bench [--full] [--only NAME,...] [--readme]`.
+
+Writes what each script measured to benchmarks/<date>-<commit>.json and prints the table; with --readme the table is put
+into README.md too. A script that fails is said in the table, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from _common import ROOT, circumstances
+from _table import in_readme, markdown
+
+USUAL: dict[str, tuple[str, ...]] = {  # script -> its arguments; in the order of the table
+    "train_step": (),
+    "train_shards": (),
+    "joint_step": (),
+    "generation": (),
+    "zero_shot": (),
+    "contrastive_loss": ("--quick",),
+    "data": ("--quick",),
+    "startup": (),
+    "train_memory": (),
+}
+FULL: dict[str, tuple[str, ...]] = {"sample_efficiency": (), "curves": ()}
+LONGEST = {"sample_efficiency": 2 * 3600, "curves": 3600}  # seconds; of the others 900
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "diffusers", "webdataset")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python tools/bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="also what takes long: seeds, and how cost grows")
+    parser.add_argument("--only", default="", help=f"some of {', '.join([*USUAL, *FULL])}")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/<date>-<commit>.json")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    args = parser.parse_args()
+    known = USUAL | FULL
+    names = args.only.split(",") if args.only else list(known if args.full else USUAL)
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"--only {unknown[0]}: must be of {', '.join(known)}")
+    about = circumstances(PACKAGES)
+    out = args.out or Path(ROOT, "benchmarks", f"{datetime.date.today()}-{about['commit']}.json")
+    rows: list[dict[str, Any]] = []
+    for number, name in enumerate(names, 1):
+        print(f"[{number}/{len(names)}] {name}", flush=True)
+        start = time.monotonic()
+        rows += measured(name, known[name])
+        print(f"    {time.monotonic() - start:.0f} s", flush=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".part").write_text(json.dumps(about | {"results": rows}, indent=1) + "\n")
+    out.with_suffix(".part").rename(out)
+    table = markdown(rows)
+    print(f"\n{table}\n\n{out.relative_to(ROOT) if out.is_relative_to(ROOT) else out}")
+    if args.readme:
+        in_readme(Path(ROOT, "README.md"), table, out.name)
+    return 1 if any("error" in row for row in rows) else 0
+
+
+def measured(name: str, arguments: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The results of one script, each with its name as `script`; where it fails, one row that says why."""
+    command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), "--json", *arguments]
+    lines: list[str] = []
+    try:
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=LONGEST.get(name, 900), cwd=ROOT
+        )
+    except subprocess.TimeoutExpired as expired:
+        return [{"script": name, "what": name, "error": f"no end within {expired.timeout:g} s"}]
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):
+            lines.append(line)
+        else:
+            print(f"    {line}", flush=True)
+    rows = [{"script": name, **json.loads(line)} for line in lines]
+    if done.returncode:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        rows.append({"script": name, "what": name, "error": said[-1][:300] if said else f"exit {done.returncode}"})
+        print(f"    failed: {rows[-1]['error']}", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
