@@ -64,8 +64,9 @@ class Encoder(nn.Module):
             ragged, x = Ragged.of(tokens.cu_seqlens, longest, len(tokens.x)), tokens.x
         elif tokens.mask is not None and self.masked and self.training:
             wide = span(tokens.mask)
-            tokens = tokens._replace(x=tokens.x[:, :wide], mask=tokens.mask[:, :wide], max_len=wide)
-            ragged = layout(tokens.mask)
+            real = tokens.mask[:, :wide]
+            tokens = tokens._replace(x=tokens.x[:, :wide], mask=real, max_len=wide)
+            ragged = layout(real)
             x = ragged.pack(tokens.x)  # [T, D]
         else:
             mask = tokens.mask if self.masked else None

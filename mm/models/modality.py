@@ -25,7 +25,7 @@ class ModalityEncoder(Encoder):
         )
         self.name, self.width = config.name, config.width
 
-    def forward(self, tokens: Tokens) -> Encoded:
+    def forward(self, tokens: Tokens, pooled_only: bool = False) -> Encoded:
         """Raises ValueError for tokens that are not of the encoder's width."""
         x: Tensor = tokens.x
         if x.shape[-1] != self.width:
@@ -33,7 +33,7 @@ class ModalityEncoder(Encoder):
                 f"modality {self.name!r}: its adapter embeds tokens of shape {list(x.shape)}, and its encoder takes "
                 f"width = {self.width}; make them equal"
             )
-        return super().forward(tokens)
+        return super().forward(tokens, pooled_only)
 
 
 def modality(config: ModalityConfig, embed_dim: int) -> tuple[Adapter, Encoder]:
