@@ -1,7 +1,7 @@
 """A denoiser made ready to draw: what all evaluations of a call have in common is computed once.
 
-The weights are cast to bf16 and packed for the CPU's matrix products; the keys and values of a context that is only
-read are kept; and modulations, which depend on noise level and condition but not on the picture, are made for many
+The weights are cast to bf16 and packed for the CPU's matrix products; the keys and values of a context that no block
+changes are kept; and modulations, which depend on noise level and condition but not on the picture, are made for many
 levels in one product. Blocks can be compiled. It predicts what the denoiser predicts under autocast.
 
 Letters: B pictures, D width, G noise levels, L text tokens, N image tokens.
@@ -22,7 +22,7 @@ from mm_kernels import packed_linear
 
 LEVELS = 16  # whose modulations are made, and kept, at once
 
-Given = tuple[Tensor, ...]  # a block's own: modulation, and the keys and values it reads or the context's modulation
+Given = tuple[Tensor, ...]  # a block's own: modulation, and the context's, or keys and values where these are kept
 
 
 def can_prepare(denoiser: nn.Module) -> bool:
@@ -43,8 +43,8 @@ class PreparedBlock(nn.Module):
         self, x: Tensor, context: Tensor, given: Given, mask: Tensor, angles: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         if self.block.context is None:
-            modulation, ck, cv = given
-            return self.block.attend(x, modulation, ck, cv, mask, angles), context
+            modulation, *kept = given
+            return self.block.attend(x, modulation, *(kept or self.block.read(context, len(x))), mask, angles), context
         modulation, context_modulation = given
         return self.block.exchange(x, context, modulation, context_modulation, mask, angles)
 
@@ -74,9 +74,9 @@ class Told:
         self._places = {level: place for place, level in enumerate(levels.tolist())}
         denoiser = prepared.denoiser
         self._context = denoiser.context_in(condition.x)
-        self._read = [
-            block.read(self._context, len(pooled)) if block.context is None else () for block in _blocks(denoiser)
-        ]
+        blocks = _blocks(denoiser)
+        still = blocks[0].context is None  # or what the later blocks read depends on the noise level, too
+        self._read = [block.read(self._context, len(pooled)) if still else () for block in blocks]
         self._group, self._modulations = -1, list[list[Tensor]]()
 
     def __call__(self, z: Tensor, sigma: Tensor) -> Tensor:
