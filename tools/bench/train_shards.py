@@ -91,9 +91,11 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of `finally`: what stands would stay for ever
         try:
             for start in (mm_trainer, open_clip_trainer):
+                begun = time.perf_counter()
                 sides.append(start(folder, pattern, args))
                 sides[-1].wait(WARM)
                 sides[-1].signal(signal.SIGSTOP)
+                print(f"{start.__name__}: {WARM} steps after {time.perf_counter() - begun:.0f} s", flush=True)
             for side in sides:  # another batch than the one in memory, and the same for no two trainers
                 first = side.losses()[0]
                 assert abs(first - facts["loss"][0]) < 0.1, f"the first step's loss is {first}, not {facts['loss'][0]}"
@@ -101,7 +103,7 @@ def main() -> None:
             for number in range(args.rounds):
                 for index in (0, 1) if number % 2 == 0 else (1, 0):
                     rates[index].append(sides[index].window(args.steps))
-                print(f"round {number + 1}: mm {rates[0][-1]:.1f}, open_clip {rates[1][-1]:.1f} images/s")
+                print(f"round {number + 1}: mm {rates[0][-1]:.1f}, open_clip {rates[1][-1]:.1f} images/s", flush=True)
             losses = [[values[0], values[-1]] for values in (side.losses() for side in sides)]
         finally:
             for side in sides:
