@@ -44,7 +44,8 @@ class PreparedBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if self.block.context is None:
             modulation, *kept = given
-            return self.block.attend(x, modulation, *(kept or self.block.read(context, len(x))), mask, angles), context
+            ck, cv = kept or self.block.read(context, len(x))
+            return self.block.attend(x, modulation, ck, cv, mask, angles), context
         modulation, context_modulation = given
         return self.block.exchange(x, context, modulation, context_modulation, mask, angles)
 

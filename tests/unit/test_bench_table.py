@@ -1,4 +1,4 @@
-"""The table of `make bench`: what it says of results, marks and failures, and that README shows a file's own numbers."""
+"""The table of `make bench`: results, marks and failures in it, and that README shows a file's own numbers."""
 
 from __future__ import annotations
 
