@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -11,9 +12,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools" / "bench"))
 
-from _table import BEGIN, END, in_readme, markdown, reached  # noqa: E402
+_spec = importlib.util.spec_from_file_location("bench_table", ROOT / "tools" / "bench" / "_table.py")
+assert _spec is not None and _spec.loader is not None
+_table = importlib.util.module_from_spec(_spec)  # by its path: other names there are also names of tests' helpers
+_spec.loader.exec_module(_table)
+BEGIN, END = _table.BEGIN, _table.END
+in_readme, markdown, reached = _table.in_readme, _table.markdown, _table.reached
 
 FASTER = {"name": "a", "what": "a step", "against": "open_clip, compiled", "ours": 34.2, "peer": 20.0, "ratio": 1.71}
 FASTER |= {"unit": "images/s", "mark": 1.7, "better": "higher"}
