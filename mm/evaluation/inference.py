@@ -190,9 +190,9 @@ class Inference:
         if not cpu:
             return usual
         image, text = self.config.model.image, self.config.model.text
-        denoiser = self.model.denoiser
+        denoiser = self.config.model.denoiser
         if kind == "draw" and denoiser is not None:
-            patches = denoiser.shape[1] * denoiser.shape[2] // denoiser.config.patch**2
+            patches = self.model.latents.shape[1] * self.model.latents.shape[2] // denoiser.patch**2
             return min(usual, max(1, _FULL // patches))
         if kind == "text":
             work = (tokens or text.context_length) * _token(text)
