@@ -41,7 +41,7 @@ class Schedule:
     def add_noise(self, x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """z at level sigma `[B]` from images x and standard normal noise `[B, C, H, W]`."""
         sigma = sigma.view(-1, 1, 1, 1)
-        return ((1 - sigma) * x).add_(sigma * self.noise_scale * noise)
+        return (1 - sigma) * x + sigma * self.noise_scale * noise
 
     def velocity(self, z: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """dz/dsigma = (z - x) / sigma, from the true or the predicted x; sigma `[B]`."""
