@@ -110,7 +110,8 @@ def test_a_mixture_that_is_killed_and_resumed_with_other_workers_sees_the_same(
     assert [line["loss"] for line in resumed] == [line["loss"] for line in mixed]
 
 
-@pytest.mark.parametrize("kind", ["aspect", pytest.param("text", marks=pytest.mark.slow)])
+@pytest.mark.slow  # two runs that compile for each shape; tests/unit/test_data_buckets.py has the order
+@pytest.mark.parametrize("kind", ["aspect", "text"])
 def test_buckets_train_and_resume_exactly(data: Path, tmp_path: Path, kind: str) -> None:
     index(f"{data}/b-*.tar")
     options = ("--data.buckets", kind, "--data.caption", "json.caption" if kind == "aspect" else "txt")

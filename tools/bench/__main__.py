@@ -11,6 +11,8 @@ import datetime
 import json
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ USUAL: dict[str, tuple[str, ...]] = {  # script -> its arguments; in the order o
     "joint_step": (),
     "generation": (),
     "zero_shot": (),
-    "contrastive_loss": ("--quick",),
-    "data": ("--quick",),
+    "contrastive_loss": ("--quick", "1"),
+    "data": ("--quick", "1"),
     "startup": (),
     "train_memory": (),
 }
@@ -64,25 +66,32 @@ def main() -> int:
 
 
 def measured(name: str, arguments: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The results of one script, each with its name as `script`; where it fails, one row that says why."""
-    command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), "--json", *arguments]
-    lines: list[str] = []
-    try:
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=LONGEST.get(name, 900), cwd=ROOT
-        )
-    except subprocess.TimeoutExpired as expired:
-        return [{"script": name, "what": name, "error": f"no end within {expired.timeout:g} s"}]
-    for line in done.stdout.splitlines():
-        if line.startswith("{"):
-            lines.append(line)
-        else:
-            print(f"    {line}", flush=True)
-    rows = [{"script": name, **json.loads(line)} for line in lines]
-    if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        rows.append({"script": name, "what": name, "error": said[-1][:300] if said else f"exit {done.returncode}"})
-        print(f"    failed: {rows[-1]['error']}", flush=True)
+    """The results of one script, each with its name as `script`; where it fails, one more row that says why."""
+    command = [sys.executable, "-u", str(Path(__file__).with_name(f"{name}.py")), "--json", *arguments]
+    limit, rows = LONGEST.get(name, 900), []
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, cwd=ROOT)
+        end = threading.Timer(limit, process.terminate)  # not kill: what it has started must end too
+        end.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith('{"'):
+                    rows.append({"script": name, **json.loads(line)})
+                else:
+                    print(f"    {line.rstrip()}", flush=True)
+            process.wait()
+        finally:  # Ctrl-C too
+            late = not end.is_alive()
+            end.cancel()
+            process.terminate()
+            process.wait()
+        said.seek(0)
+        last = [line.strip() for line in said if line.strip()][-1:]
+    if process.returncode:
+        why = f"no end within {limit} s" if late else (last or [f"exit {process.returncode}"])[0][:300]
+        rows.append({"script": name, "what": name, "error": why})
+        print(f"    failed: {why}", flush=True)
     return rows
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from _clip_models import batch_in_memory, captions, open_clip_model, same_in_mm
-from _common import arguments, report, rounds_of
+from _common import arguments, fastest, report, rounds_of
 from torch import Tensor, nn
 from train_step import ADAM, Ours, Peer, flops
 
@@ -83,29 +83,27 @@ def compare(patch: int, size: int, rounds: int, kinds: list[str]) -> dict[str, A
         "diffusers": sum(p.numel() for p in dits[kinds[0]].model.parameters()),
     }
     found: list[dict[str, float]] = []
-    sides: dict[str, Any] = {}
+    sides: dict[str, dict[str, Any]] = {"open_clip": {}, "diffusers": {}}
     for kind in kinds:  # compiled before mm changes torch's settings for itself
         found.append({"contrastive": clips[kind].step(images, ids)})
         found[-1]["diffusion"] = dits[kind].step(batch.inputs["image"], batch.seeds, first=True)
-        sides[f"open_clip, {kind}"] = lambda clip=clips[kind]: clip.step(images, ids)
-        sides[f"diffusers, {kind}"] = lambda dit=dits[kind]: dit.step(batch.inputs["image"], batch.seeds)
+        sides["open_clip"][kind] = lambda clip=clips[kind]: clip.step(images, ids)
+        sides["diffusers"][kind] = lambda dit=dits[kind]: dit.step(batch.inputs["image"], batch.seeds)
+    best = {peer: fastest(of_peer) for peer, of_peer in sides.items()}
     ours = Ours(step)
     found.append(ours.losses(batch))
-    sides["ours"] = lambda: ours.step(batch)
     for name in ("contrastive", "diffusion"):
         values = [losses[name] for losses in found]
         assert max(values) - min(values) < TOLERANCE * max(values), f"first {name} losses differ: {values}"
-    seconds = rounds_of(sides, rounds)
-    best = {
-        peer: min((f"{peer}, {kind}" for kind in kinds), key=lambda side: median(seconds[side]))
-        for peer in ("open_clip", "diffusers")
-    }
-    both = [a + b for a, b in zip(seconds[best["open_clip"]], seconds[best["diffusers"]], strict=True)]
+    seconds = rounds_of(
+        {"ours": lambda: ours.step(batch), **{peer: sides[peer][kind] for peer, kind in best.items()}}, rounds
+    )
+    both = [a + b for a, b in zip(seconds["open_clip"], seconds["diffusers"], strict=True)]
     rate = matrix_rate(torch.device("cpu"), torch.bfloat16)
     return {
         "ours": [size / s for s in seconds["ours"]],
         "peer": [size / s for s in both],
-        "best": list(best.values()),
+        "best": [f"{peer}, {kind}" for peer, kind in best.items()],
         "step_seconds": {side: median(s) for side, s in seconds.items()},
         "first_losses": found,
         "parameters": parameters,
@@ -119,7 +117,7 @@ def main() -> None:
     args = arguments("joint training step", rounds=5, batch=64, patch=32, peers="eager,compiled")
     found = compare(args.patch, args.batch, args.rounds, args.peers.split(","))
     ours, peer = found.pop("ours"), found.pop("peer")
-    print(found)
+    print(f"measured: {found}")
     report(
         f"joint training step, {NAME} and a DiT of width {WIDTH}, depth {DEPTH}, {(SIZE // args.patch) ** 2} patches",
         ours,
