@@ -6,6 +6,7 @@ tenth of the time.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 
@@ -42,6 +43,16 @@ class PackedLinear(nn.Module):
         """bf16 `[..., out]` of x `[..., in]`, whatever its type."""
         out: Tensor = torch.ops.mm.packed_linear(x.to(torch.bfloat16), self.number, self.bias, self.features)
         return out
+
+
+def packed_copy(module: nn.Module, rows: int) -> nn.Module:
+    """The same module with its plain linear layers packed for about `rows` rows, sharing all other tensors."""
+    made = copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+    for parent in list(made.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:  # none that was adapted or wrapped
+                setattr(parent, name, PackedLinear(child, rows))
+    return made
 
 
 def _forward(x: Tensor, number: Tensor, bias: Tensor | None, features: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
@@ -38,20 +37,14 @@ class Packed:
         stamp = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in _parameters(adapter, encoder))
         known = self._made.get(name)
         if known is None or known[0] != stamp:
-            door = _packed(adapter) if isinstance(adapter, ImageAdapter) else adapter
-            known = self._made[name] = (stamp, cast("Adapter", door), cast("Encoder", _packed(encoder)))
+            door = packed_linear.packed_copy(adapter, _ROWS) if isinstance(adapter, ImageAdapter) else adapter
+            known = self._made[name] = (
+                stamp,
+                cast("Adapter", door),
+                cast("Encoder", packed_linear.packed_copy(encoder, _ROWS)),
+            )
         _, door, inside = known
         return inside(door.embed(batch), pooled_only)
-
-
-def _packed(module: nn.Module) -> nn.Module:
-    """The same module with packed layers, sharing all its other tensors."""
-    made = copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
-    for parent in list(made.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear:  # none that was adapted or wrapped
-                setattr(parent, name, packed_linear.PackedLinear(child, _ROWS))
-    return made
 
 
 def _parameters(*modules: nn.Module) -> list[nn.Parameter]:

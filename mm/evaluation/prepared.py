@@ -9,7 +9,7 @@ Letters: B pictures, D width, G noise levels, L text tokens, N image tokens.
 
 from __future__ import annotations
 
-import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +56,8 @@ class Prepared(nn.Module):
     def __init__(self, denoiser: Denoiser, pictures: int, *, compiled: bool = False):
         super().__init__()
         patch, (_, height, width) = denoiser.config.patch, denoiser.shape
-        kept = {id(parameter): parameter for parameter in denoiser.parameters()}
-        self.denoiser = copy.deepcopy(denoiser, kept)  # modules only
-        _pack(self.denoiser, pictures * (height // patch) * (width // patch))
+        rows = pictures * (height // patch) * (width // patch)
+        self.denoiser = cast("Denoiser", packed_linear.packed_copy(denoiser, rows))
         self.blocks = nn.ModuleList(PreparedBlock(block) for block in self.denoiser.blocks)  # type: ignore[arg-type]
         self.said = compile_blocks(self, torch.device("cpu")) if compiled else ""
 
@@ -107,11 +106,3 @@ class Told:
 
 def _blocks(denoiser: Denoiser) -> list[JointBlock]:
     return list(denoiser.blocks)  # type: ignore[arg-type]
-
-
-def _pack(module: nn.Module, rows: int) -> None:
-    for name, child in list(module.named_children()):
-        if type(child) is nn.Linear:  # not one with an adapter beside it
-            setattr(module, name, packed_linear.PackedLinear(child, rows))
-        else:
-            _pack(child, rows)
