@@ -50,6 +50,7 @@ def finished(out: Path, *flags: str, limit: float) -> dict[str, Any]:
 # -- the suite
 
 
+@pytest.mark.slow  # half a minute; a killed run that goes on is also in tests/integration/test_training.py
 @pytest.mark.timeout(150)
 def test_a_killed_save_in_the_quick_form(tmp_path: Path) -> None:
     flags = ("--faults", "kill-save.hashed-rank0", "--processes", "1", "--parallel.threads", "1")
