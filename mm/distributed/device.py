@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import shutil
@@ -29,8 +30,23 @@ def pick_device(config: ParallelConfig) -> torch.device:
     if config.device == "cuda" and not available:
         raise ConfigError("parallel.device = cuda: torch sees no GPU; use --parallel.device cpu")
     if config.device == "cpu" or not available:
+        keep_memory()
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_memory() -> None:
+    """Have malloc keep what tensors give back, up to 2 GiB: else each step's memory is cleared by the kernel again.
+
+    Does nothing where the C library is not glibc.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        malloc_option = ctypes.CDLL(None).mallopt
+        malloc_option(_MMAP_THRESHOLD, 1 << 30)
+        malloc_option(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def autocast(config: ParallelConfig, device: torch.device) -> contextlib.AbstractContextManager:
@@ -57,8 +73,8 @@ def compile_blocks(module: nn.Module, device: torch.device) -> str:
         torch._inductor.config.cpp.vec_isa_ok = True
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that there is no CUDA
         torch._inductor.config.cpp.cxx = (None, found)
-        # norms and activations are made again in the backward, which takes no longer than to read them back
-        torch._functorch.config.aggressive_recomputation = True
+        # activations are made again in the backward, which takes no longer than to read them back
+        torch._functorch.config.ban_recompute_materialized_backward = False
     # blocks share their code: past the limit later ones would run eager, and in a resumed process perhaps other ones
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     count = 0

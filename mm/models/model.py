@@ -71,14 +71,17 @@ class Model(nn.Module):
         return found
 
     def encode(self, batch: Batch, pooled_only: Collection[str] = ()) -> dict[str, Encoded]:
-        """Every modality of the batch, once; of those in `pooled_only` mm's own encoders give no tokens."""
+        """Every modality of the batch, once; of those in `pooled_only` mm's own encoders give no tokens.
+
+        The image last: what it keeps for the backward, the most by far, goes first, before the others' gradients come.
+        """
         found = {}
-        for name, adapter in self.adapters.items():
-            if name in batch.inputs:
-                encoder, tokens = self.encoders[name], cast("Adapter", adapter).embed(batch)
-                lean = name in pooled_only and isinstance(encoder, Encoder)
-                found[name] = encoder(tokens, pooled_only=True) if lean else encoder(tokens)
-        return found
+        names = [name for name in self.adapters if name in batch.inputs]
+        for name in sorted(names, key=lambda name: name == "image"):
+            encoder, tokens = self.encoders[name], cast("Adapter", self.adapters[name]).embed(batch)
+            lean = name in pooled_only and isinstance(encoder, Encoder)
+            found[name] = encoder(tokens, pooled_only=True) if lean else encoder(tokens)
+        return {name: found[name] for name in names}
 
     def condition(self, encoded: dict[str, Encoded], keep: dict[str, Tensor]) -> tuple[Tokens, Tensor]:
         """The denoiser's conditions, with the hidden ones blanked; see `gather_condition`."""

@@ -57,7 +57,7 @@ def mm_step(weights: str, model: str, compiled: bool, ema_decay: float = 0.0) ->
     from mm import config as settings
     from mm.adapters.text import TextProcessor
     from mm.data.loader import Loader  # noqa: F401 (what the trainer has in memory too)
-    from mm.distributed.device import autocast
+    from mm.distributed.device import autocast, pick_device
     from mm.distributed.parallelize import parallelize
     from mm.distributed.world import World
     from mm.objectives.step import build_step
@@ -79,7 +79,7 @@ def mm_step(weights: str, model: str, compiled: bool, ema_decay: float = 0.0) ->
     assert start is not None and start.tokenizer is not None
     step = build_step(config, start.tokenizer)
     start.fill(step)
-    device = torch.device("cpu")
+    device = pick_device(config.parallel)
     parallel = parallelize(step, config.parallel, World(), device, False)
     optimizers, ema = Optimizers(step, config.optim, STEPS), Ema(step, config.optim.ema)
     pictures, texts = batch()
