@@ -29,7 +29,7 @@ USUAL: dict[str, tuple[str, ...]] = {  # script -> its arguments; in the order o
     "contrastive_loss": ("--quick", "1"),
     "data": ("--quick", "1"),
     "startup": (),
-    "train_memory": (),
+    "train_memory": ("--rounds", "3"),
 }
 FULL: dict[str, tuple[str, ...]] = {"sample_efficiency": (), "curves": ()}
 LONGEST = {"sample_efficiency": 2 * 3600, "curves": 3600}  # seconds; of the others 900
@@ -50,13 +50,15 @@ def main() -> int:
     about = circumstances(PACKAGES)
     out = args.out or Path(ROOT, "benchmarks", f"{datetime.date.today()}-{about['commit']}.json")
     rows: list[dict[str, Any]] = []
+    seconds: dict[str, int] = {}
     for number, name in enumerate(names, 1):
         print(f"[{number}/{len(names)}] {name}", flush=True)
         start = time.monotonic()
         rows += measured(name, known[name])
-        print(f"    {time.monotonic() - start:.0f} s", flush=True)
+        seconds[name] = round(time.monotonic() - start)
+        print(f"    {seconds[name]} s", flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".part").write_text(json.dumps(about | {"results": rows}, indent=1) + "\n")
+        out.with_suffix(".part").write_text(json.dumps(about | {"seconds": seconds, "results": rows}, indent=1) + "\n")
     out.with_suffix(".part").rename(out)
     table = markdown(rows)
     print(f"\n{table}\n\n{out.relative_to(ROOT) if out.is_relative_to(ROOT) else out}")
