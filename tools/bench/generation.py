@@ -55,7 +55,9 @@ TIMED = 32  # captions drawn in each timed round; the score is of all
 def main() -> None:
     parser = argparse.ArgumentParser(description="images a second, against diffusers: same work, and same quality")
     parser.add_argument("--json", action="store_true", help="print a JSON object a comparison")
-    parser.add_argument("--run", help="a trained run with its shards (default: runs/demo, or a demo trained once for 2 minutes)")
+    parser.add_argument(
+        "--run", help="a trained run with its shards (default: runs/demo, or a demo trained once for 2 minutes)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--prompts", type=int, default=256, help="held-out captions to score on (default: 256)")
     args = parser.parse_args()
