@@ -163,3 +163,15 @@ def test_tokens_that_no_objective_reads_are_not_made() -> None:
     lean.objectives["contrastive"].register_forward_pre_hook(lambda _, inputs: seen.update(inputs[2]))
     lean(batch)
     assert {name for name, encoded in seen.items() if encoded.tokens.x.shape[1] == 0} <= lean.pooled_only
+
+
+def test_the_image_goes_back_first() -> None:
+    """What it keeps for the backward is the most: it is gone before the text tower's gradients come."""
+    step, order = build(tiny()), list[str]()
+    for name in ("image", "text"):
+        last = step.get_parameter(f"model.encoders.{name}.blocks.0.fc1.weight")
+        last.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    batch = make_batch(step)
+    assert list(step.model.encode(batch)) == list(step.model.adapters)
+    step.backward(batch)
+    assert order == ["image", "text"]
