@@ -1,4 +1,4 @@
-"""One model of open_clip's and mm's same one with its weights; captions of real lengths; a batch in memory."""
+"""mm's model with the weights of one of open_clip's; captions of real lengths; a batch in memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from _clip import save_weights
 from torch import Tensor, nn
 
 from mm.adapters.text import ClipTokenizer
@@ -17,19 +17,11 @@ from mm.objectives.step import TrainStep, build_step
 from mm.types import Batch
 
 
-def open_clip_model(name: str) -> nn.Module:
-    """Freshly initialised from seed 0, in training mode."""
-    import open_clip
-
-    torch.manual_seed(0)
-    return open_clip.create_model(name).train()
-
-
 def same_in_mm(name: str, peer: nn.Module, diffusion: DiffusionConfig | None = None, **parts: object) -> TrainStep:
     """mm's training step with the weights of `peer`; `parts` of the model's config, such as a denoiser."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "clip.safetensors")
-        save_file({key: tensor.contiguous() for key, tensor in peer.state_dict().items()}, file)
+        save_weights(peer, file)
         config = TrainConfig()
         config.objectives.diffusion = diffusion
         config.start.model = f"open_clip:{name}@{file}"

@@ -13,12 +13,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from _clip import clip_weights
 from _common import ROOT, arguments, report
 from _photographs import captions
 
@@ -164,16 +164,14 @@ def main() -> None:
         return
     args = arguments(__doc__.splitlines()[0], rounds=5, compiled=1, peer_compiled=0)
     compiled = {"mm": bool(args.compiled), "open_clip": bool(args.peer_compiled)}
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder, "start.safetensors")
-        _write(weights, MODEL)
-        found: dict[str, list[dict[str, Any]]] = {side: [] for side in compiled}
-        averages = run("mm with averages", weights, MODEL, compiled["mm"])
-        for number in range(args.rounds):
-            for side in list(compiled)[:: 1 if number % 2 else -1]:
-                found[side].append(run(side, weights, MODEL, compiled[side]))
-            if not number:
-                _check(*(found[side][0]["losses"] for side in compiled))
+    weights = clip_weights(MODEL)
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in compiled}
+    averages = run("mm with averages", weights, MODEL, compiled["mm"])
+    for number in range(args.rounds):
+        for side in list(compiled)[:: 1 if number % 2 else -1]:
+            found[side].append(run(side, weights, MODEL, compiled[side]))
+        if not number:
+            _check(*(found[side][0]["losses"] for side in compiled))
     extra = {side: [(row["peak"] - row["before"]) / 1e9 for row in rows] for side, rows in found.items()}
     whole = {side: median(row["peak"] for row in rows) / 1e9 for side, rows in found.items()}
     print(f"whole process at most: mm {whole['mm']:.2f}, open_clip {whole['open_clip']:.2f} GB")
@@ -195,15 +193,6 @@ def main() -> None:
         with_averages=(averages["peak"] - averages["before"]) / 1e9,
         losses={side: rows[0]["losses"] for side, rows in found.items()},
     )
-
-
-def _write(path: Path, model: str) -> None:
-    import open_clip
-    import torch
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    save_file(open_clip.create_model(model).state_dict(), str(path))
 
 
 def _check(ours: list[float], theirs: list[float]) -> None:

@@ -12,7 +12,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from _clip_models import batch_in_memory, captions, open_clip_model, same_in_mm
+from _clip import open_clip_model
+from _clip_models import batch_in_memory, captions, same_in_mm
 from _common import arguments, fastest, figure, report, rounds_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
