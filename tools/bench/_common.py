@@ -27,14 +27,14 @@ def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: in
     return seconds["ours"], seconds["peer"]
 
 
-def rounds_of(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call of each side, in turn; one round before them is not counted."""
+def rounds_of(sides: dict[str, Callable[[], object]], rounds: int, warm: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call of each side, in turn; `warm` rounds before them are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
+    for number in range(warm + rounds):
         for name, function in sides.items():
             start = time.perf_counter()
             function()
-            if number:
+            if number >= warm:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 

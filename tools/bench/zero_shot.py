@@ -1,7 +1,7 @@
 """Zero-shot with 100 labels in CLIP's 80 templates against open_clip: building the classifier, then images a second.
 
 The same random weights of ViT-S-32-alt on both sides, matrices in bf16. Three rows: labels a second of
-`build_zero_shot_classifier` (a fifth of the labels a round); images a second from preprocessed images in memory to
+`build_zero_shot_classifier` (a tenth of the labels a round); images a second from preprocessed images in memory to
 probabilities, which is the strict row; and from JPEG bytes, each side with its own decoding and resizing. The peer runs
 in autocast or with bf16 weights, eager or compiled, and its texts some labels at a time: whichever is fastest in a try.
 """
@@ -125,7 +125,7 @@ def check(model: LoadedModel, labels: Sequence[str], files: Sequence[bytes], pix
 
 def main() -> None:
     args = arguments("zero-shot: building a classifier, and images a second", labels=100, images=64)
-    labels = list(dict.fromkeys(read_labels("imagenet")))[: args.labels + args.labels // 5]
+    labels = list(dict.fromkeys(read_labels("imagenet")))[: args.labels + args.labels // 10]
     files = list(photographs(args.images))
     model = mm.load(f"open_clip:{NAME}@{clip_weights()}", device="cpu")
     peers = [Peer("autocast"), Peer("bf16 weights")]
@@ -135,7 +135,7 @@ def main() -> None:
     model.inference.bf16 = True
 
     peer, at_once = choose(peers, lambda peer, size: peer.build(labels[:FEW], size), (1, FEW))
-    part = args.labels // 5
+    part = args.labels // 10
     mine, its = (itertools.cycle([labels[start : start + part] for start in range(0, len(labels), part)]) for _ in "ab")
     taken = alternate(
         lambda: classifier(model.inference, next(mine), "openai"), lambda: peer.build(next(its), at_once), ROUNDS
