@@ -32,7 +32,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## side by side with open_clip and diffusers, under half an hour: benchmarks/<date>-<commit>.json
+bench: $(STAMP) ## side by side with open_clip and diffusers, about half an hour: benchmarks/<date>-<commit>.json
 	$(BIN)/python tools/bench $(ARGS)
 
 bench-full: $(STAMP) ## the same, several seeds of samples to an accuracy, and how cost grows: about two hours
