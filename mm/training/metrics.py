@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -95,8 +94,8 @@ def _step(line: str) -> float:
         return float("inf")
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, rounds: int = 7) -> float:
-    """FLOP/s of a square matrix product on this device, now: the median of several rounds after a warm-up."""
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, rounds: int = 20) -> float:
+    """FLOP/s of a square matrix product on this device: the best of several rounds, the one least disturbed."""
     if device.type == "cuda":
         size *= 4
     a = torch.randn(size, size, device=device).to(dtype)
@@ -108,7 +107,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, roun
             torch.cuda.synchronize(device)
         if number >= 2:
             seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / median(seconds)
+    return 2 * size**3 / min(seconds)
 
 
 def gpu_memory(device: torch.device) -> dict[str, float]:
