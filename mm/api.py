@@ -162,13 +162,12 @@ def load(
 ) -> LoadedModel:
     """The model of a run folder (its `export/`), of a released folder, or of another library, in float32.
 
-    `open_clip:NAME/TAG`, `open_clip:NAME@FILE.safetensors` and the other forms of `mm.interop.sources.read`.
+    `"openmoji"` is the one that comes with mm; `open_clip:NAME/TAG`, `open_clip:NAME@FILE.safetensors` and the other
+    forms of `mm.interop.sources.read` are those of others.
     `adapter`: a folder with LoRA matrices trained beside it (a run's `export/adapter`), which are merged into it.
     `device`: "auto" is a CUDA device where there is one, else the CPU. Raises ConfigError naming what is wrong.
     """
     name = os.fspath(source)
-    if name == "openmoji":
-        raise ConfigError(f"{name}: this version of mm cannot load it yet; give a run folder or a released folder")
     where = _device(device)
     origin = read(name)
     model = origin.build().float()

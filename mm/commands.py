@@ -16,10 +16,13 @@ def demo(argv: Sequence[str]) -> int:
     parser.add_argument("--out", default="runs/demo", help="the run folder (default: runs/demo)")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of everything random (default: 0)")
     parser.add_argument("--seeds", type=number(int, 1), default=1, metavar="N", help="run N seeds, in OUT/seed-S each")
+    parser.add_argument(
+        "--from", metavar="MODEL", default="", dest="source", help="go on with it: openmoji, a run or a released folder"
+    )
     args = parser.read(argv)
     from mm.demo import main as run
 
-    return run(args.minutes, args.out, args.seed, args.seeds)
+    return run(args.minutes, args.out, args.seed, args.seeds, args.source)
 
 
 def _from(module: str, name: str) -> Command:

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from mm.evaluation.gallery import Gallery
 
 
-def main(minutes: float = 8.0, out: str = "runs/demo", seed: int = 0, seeds: int = 1) -> int:
+def main(minutes: float = 8.0, out: str = "runs/demo", seed: int = 0, seeds: int = 1, source: str = "") -> int:
     """Shards, training, evaluation, `grid.png`, `report.html` and `results.json` in `out`; returns 0.
 
     `minutes` of training for each seed, compilation included; several seeds go to `out`/seed-N and share the shards.
+    `source`: a model that training goes on with, as `mm.load` takes it; empty: from nothing.
     Raises ConfigError where a package, the demo's config or the room to write is missing.
     """
     if minutes <= 0 or seeds < 1:
@@ -52,8 +53,9 @@ def main(minutes: float = 8.0, out: str = "runs/demo", seed: int = 0, seeds: int
     results = []
     for number, run in runs.items():
         suffix = f" (seed {number})" if seeds > 1 else ""
-        _say(f"[2/4] training{suffix}: {minutes:g} minutes, in {run}")
-        _train(run, shards, number, minutes, clock, "training" + suffix)
+        beginning = f", from {source}" if source else ""
+        _say(f"[2/4] training{suffix}: {minutes:g} minutes{beginning}, in {run}")
+        _train(run, shards, number, minutes, clock, "training" + suffix, source)
         _say(f"[3/4] evaluation{suffix}: on the held-out emoji of {shards / 'val-*.tar'}")
         with clock.stage("evaluation" + suffix, add=False):
             results.append(_evaluate(run, shards))
@@ -106,27 +108,35 @@ def complete(shards: Path) -> bool:
         return False
 
 
-def demo_config(run: Path, shards: Path, seed: int) -> TrainConfig:
-    """configs/demo.py for this folder and seed; it is watched on dev, so that val is looked at only in the end."""
+def demo_config(run: Path, shards: Path, seed: int, source: str = "") -> TrainConfig:
+    """configs/demo.py for this folder and seed; it is watched on dev, so that val is looked at only in the end.
+
+    What begins as `source` has been trained before, and moves a third as fast.
+    """
     from mm.settings import load
 
     config = load(config_file())
+    if source:
+        config.start.model = source
+        config.optim.lr, config.optim.muon_lr = config.optim.lr / 3, config.optim.muon_lr / 3
     config.run.dir, config.run.seed = str(run), seed
     config.data.train, config.data.val = str(shards / "train-*.tar"), str(shards / "dev-*.tar")
     return config
 
 
-def _train(run: Path, shards: Path, seed: int, minutes: float, clock: Clock, stage: str) -> None:
+def _train(run: Path, shards: Path, seed: int, minutes: float, clock: Clock, stage: str, source: str) -> None:
     from mm.config import validate
     from mm.evaluation.callbacks import callbacks
+    from mm.interop.start import resolve
     from mm.training import loop
 
-    config = demo_config(run, shards, seed)
+    config = demo_config(run, shards, seed, source)
+    start = resolve(config) if source else None
     validate(config)
     before = dict(clock.seconds)
     with clock.stage(stage):
         try:
-            done = loop.run(config, callbacks=callbacks, budget=minutes * 60)
+            done = loop.run(config, callbacks=callbacks, budget=minutes * 60, start=start)
         except loop.Stopped as stopped:
             print(f"mm: {stopped}", file=sys.stderr)
             raise SystemExit(stopped.exit_code) from None

@@ -11,7 +11,10 @@ from mm.fields import suggestion
 from mm.interop.origin import Origin
 from mm.rules_modalities import modality_names
 
-FORMS = "a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, timm:NAME, hf:NAME, hub:ORG/NAME"
+FORMS = (
+    "openmoji, a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, timm:NAME, hf:NAME, "
+    "hub:ORG/NAME"
+)
 
 
 def read(source: str | os.PathLike[str], weights: bool = True, size: int = 0) -> Origin:
@@ -19,8 +22,9 @@ def read(source: str | os.PathLike[str], weights: bool = True, size: int = 0) ->
 
     `size`: pixels a side that a timm backbone is built for, instead of its own.
 
-    A run folder or a released folder of mm; `open_clip:` as in `mm.interop.open_clip.read`; `timm:` as in
-    `mm.interop.timm.read`; `hf:` as in `mm.interop.huggingface.read`; `hub:ORG/NAME`, a release that was pushed.
+    A run folder or a released folder of mm; `openmoji`, the model that comes with it; `open_clip:` as in
+    `mm.interop.open_clip.read`; `timm:` as in `mm.interop.timm.read`; `hf:` as in `mm.interop.huggingface.read`;
+    `hub:ORG/NAME`, a release that was pushed.
     Raises ConfigError naming what is wrong with it.
     """
     name = os.fspath(source)

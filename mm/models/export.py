@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 EXPORT = "export"  # inside a run folder
+SHIPPED = {"openmoji": Path(__file__).resolve().parents[1] / "shipped" / "openmoji"}  # models that come with mm
 
 
 def save_export(
@@ -108,8 +109,11 @@ def parts_of(state: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
 
 
 def find_export(source: str | os.PathLike[str]) -> Path:
-    """The folder with the weights: `source` itself or its `export/`. Raises ConfigError where there is neither."""
-    folder = Path(source)
+    """The folder with the weights: `source` itself or its `export/`, or that of a model in `SHIPPED`.
+
+    A folder of your own with a shipped model's name is `./openmoji`. Raises ConfigError where there are no weights.
+    """
+    folder = SHIPPED.get(os.fspath(source)) or Path(source)
     if (folder / WEIGHTS).is_file():
         return folder
     if (folder / EXPORT).is_dir():

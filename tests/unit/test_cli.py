@@ -288,8 +288,8 @@ def test_demo_hands_on_minutes_folder_and_seeds(monkeypatch: pytest.MonkeyPatch)
     calls: list[tuple[object, ...]] = []
     fake_module(monkeypatch, "mm.demo", main=lambda *args: calls.append(args) or 0)
     assert main(["demo"]) == 0
-    assert main(["demo", "--minutes", "0.5", "--out", "o", "--seed", "3", "--seeds", "2"]) == 0
-    assert calls == [(8.0, "runs/demo", 0, 1), (0.5, "o", 3, 2)]
+    assert main(["demo", "--minutes", "0.5", "--out", "o", "--seed", "3", "--seeds", "2", "--from", "openmoji"]) == 0
+    assert calls == [(8.0, "runs/demo", 0, 1, ""), (0.5, "o", 3, 2, "openmoji")]
 
 
 def test_shards_hand_on_what_was_given(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
