@@ -23,6 +23,7 @@ def release(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--results", metavar="FILE", nargs="+", action="extend", default=[], help="JSON of mm evaluate, for the card"
     )
+    parser.add_argument("--about", metavar="FILE", default="", help="Markdown for the card: intended use, limits, ...")
     args = parser.read(argv)
     from mm.interop.push import check_name, push
 
@@ -42,6 +43,7 @@ def release(argv: Sequence[str]) -> int:
         "files": args.results,
         "name": name,
         "adapter": args.adapter,
+        "about": args.about,
     }
     folder = run(args.source, args.out, **options, load=mm.load, say=say)
     if args.push:

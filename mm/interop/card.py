@@ -1,4 +1,4 @@
-"""The model card: a README.md whose every number comes from the model, its config or a results file."""
+"""The model card: a README.md whose every number comes from the model, its config or a results file (or its user)."""
 
 from __future__ import annotations
 
@@ -26,13 +26,23 @@ USES = {
 
 
 def card(
-    origin: Origin, kind: str, name: str, licence: str, results: Sequence[Found], shards: Sequence[dict[str, Any]]
+    origin: Origin,
+    kind: str,
+    name: str,
+    licence: str,
+    results: Sequence[Found],
+    shards: Sequence[dict[str, Any]],
+    about: str = "",
 ) -> str:
-    """The text. `shards`: the manifests of the training shards that could be read; `results`: evaluations."""
+    """The text. `shards`: the manifests of the training shards that could be read; `results`: evaluations.
+
+    `about`: Markdown of whoever releases it, which stands after how it is used.
+    """
     if kind in ("open_clip", "transformers"):  # which have no place for a denoiser: it is left out
         tensors = {name: tensor for name, tensor in origin.tensors.items() if not name.startswith("denoiser.")}
         origin = replace(origin, model=replace(origin.model, denoiser=None), tensors=tensors)
     parts = [_front(origin, kind, name, licence, results, shards), f"# {name}", _what(origin), _use(origin, kind, name)]
+    parts += [about.strip()]
     parts += [_shapes(origin), _data(origin, shards), _training(origin), _evaluation(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 

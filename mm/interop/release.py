@@ -22,6 +22,8 @@ from mm.interop.sources import read
 FORMATS = ("mm", "open_clip", "diffusers", "transformers")
 MARK = "release.json"  # says that a folder is a release, and what it holds
 CARD = "README.md"
+METRICS = "metrics.json"  # what the card quotes, for programs
+LARGEST = 1 << 20  # bytes of --about
 
 
 def release(
@@ -33,6 +35,7 @@ def release(
     files: Sequence[str] = (),
     name: str = "",
     adapter: str = "",
+    about: str = "",
     load: Callable[..., Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
@@ -40,7 +43,8 @@ def release(
 
     `licence` as the hub names it (default: what the training shards ask for); `files` hold results beside those of the
     run folder; `name` heads the card (default: that of `out`); `adapter` is a folder with LoRA matrices, which are
-    merged. `load`, `mm.load`, is needed by the format diffusers.
+    merged; `about` is a file of Markdown for the card. `load`, `mm.load`, is needed by the format diffusers. What the
+    card quotes of results is in `metrics.json`, too.
     A release that lies in `out` is replaced as a whole. Raises ConfigError for a source that cannot be read, a model
     that the format has no place for, and an `out` that holds anything else.
     """
@@ -50,7 +54,7 @@ def release(
     if out == Path(os.path.abspath(source)):
         raise ConfigError(f"{out}: is the source itself; give another folder")
     replaceable(out)
-    evaluations = results.of_files(files)
+    evaluations, words = results.of_files(files), _read(about) if about else ""
     origin = read(source)
     check_tokenizer(source, origin.model, origin.tokenizer)
     if adapter:
@@ -72,9 +76,12 @@ def release(
         fresh = stage / out.name
         fresh.mkdir()
         told = _written(origin, format, fresh, out, functools.partial(load, adapter=adapter or None) if load else None)
-        text = card.card(origin, format, name or out.name, licence, evaluations, shards)
+        text = card.card(origin, format, name or out.name, licence, evaluations, shards, words)
         if not (fresh / CARD).exists():
             (fresh / CARD).write_text(text, encoding="utf-8")
+        if evaluations:
+            told_of = [one.told() for one in evaluations]
+            (fresh / METRICS).write_text(json.dumps(told_of, indent=2) + "\n", encoding="utf-8")
         _mark(fresh, format)
         _swap(stage, fresh, out)
     finally:
@@ -116,6 +123,17 @@ def _written(origin: Origin, format: str, fresh: Path, out: Path, load: Callable
     if isinstance(origin.tokenizer, HubTokenizer) and not origin.tokenizer.serialized:
         told.append(f"the tokenizer {origin.tokenizer.name} is not in this model: it takes token ids, no text")
     return [*told, f'load it: mm.load("{out}")']
+
+
+def _read(about: str) -> str:
+    """Markdown of the user's. Raises ConfigError where it cannot be read."""
+    try:
+        if Path(about).stat().st_size > LARGEST:
+            raise ValueError(f"over {LARGEST >> 20} MB")
+        return Path(about).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"--about {about}: not a file of text ({reason})") from error
 
 
 def replaceable(out: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,27 @@ class Found:
         for found in (pairs, pairs.get("modalities") or {}):
             recalls |= {f"retrieval, {k}": Share(v, 0.0, found["pairs"]) for k, v in found.items() if "@" in k}
         heads = {_full(name): share for name, share in headlines(self.result).items()}
-        return heads | recalls
+        return heads | recalls | self._memorised()
+
+    def _memorised(self) -> dict[str, Share]:
+        """The share of drawings that are suspiciously near to a training picture; 0.01 would be chance."""
+        found = {}
+        for row in self.result.get("tasks") or []:
+            for name, how in (("nearer_than_1pct", "features"), ("pixels_nearer_than_1pct", "pixels")):
+                if row["metrics"].get(name) is not None:
+                    share = Share(row["metrics"][name], row["errors"].get(name) or 0.0, row["n"][name])
+                    found[f"drawings nearer to a training picture than 99 % of real ones are, by {how}"] = share
+        return found
+
+    def told(self) -> dict[str, Any]:
+        """The evaluation without its samples."""
+        about = {name: self.result.get(name) for name in ("run", "step", "seed", "data", "commit", "settings")}
+        return {
+            "file": self.file,
+            "date": self.date,
+            **about,
+            "metrics": {k: asdict(v) for k, v in self.shares().items()},
+        }
 
 
 def _full(name: str) -> str:

@@ -212,7 +212,29 @@ def test_push_uploads_the_folder_or_says_how_to(
     assert main(["release", source, str(out), "--push", "clip"]) == 2 and "ORG/NAME" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--format", "onnx"], ["--licence", "two words"], ["--results", "nothing.json"]])
+def test_what_its_maker_says_and_what_was_measured_go_along(tmp_path: Path) -> None:
+    tiny_run(tmp_path / "demo", tmp_path / "shards")
+    measured = json.loads((tmp_path / "demo/evaluation.json").read_text())
+    near = {"nearer_than_1pct": 0.125, "pixels_nearer_than_1pct": None}
+    row = {"name": "fidelity", "kind": "fidelity", "metrics": near, "errors": {"nearer_than_1pct": 0.02}}
+    measured["tasks"] = [row | {"n": {"nearer_than_1pct": 80}}]
+    (tmp_path / "demo/evaluation.json").write_text(json.dumps(measured))
+    (tmp_path / "about.md").write_text("## Limits\n\nIt knows emoji only.\n")
+    out = release(tmp_path / "demo", tmp_path / "out", about=str(tmp_path / "about.md"))
+    text = (out / "README.md").read_text(encoding="utf-8")
+    assert text.index("## Use") < text.index("It knows emoji only.") < text.index("## Training")
+    assert "than 99 % of real ones are, by features | 12.5 % ± 2.0 | 80" in text and "by pixels" not in text
+    (one, *_) = json.loads((out / "metrics.json").read_text())
+    assert one["metrics"]["zero-shot top-1, held-out names"] == {"value": 0.25, "error": 0.05, "n": 80}
+    assert one["data"] == ["val-000000.tar"] and "samples" not in one
+    release(tmp_path / "demo", out)  # what it wrote itself is replaced
+    assert "It knows emoji only." not in (out / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--format", "onnx"], ["--licence", "two words"], ["--results", "nothing.json"], ["--about", "nothing.md"]],
+)
 def test_wrong_words_are_one_line(
     words: list[str], tmp_path: Path, theirs: Theirs, capsys: pytest.CaptureFixture[str]
 ) -> None:
