@@ -236,10 +236,11 @@ def _again(args: Namespace, argv: Sequence[str]) -> int:
     if other or len(args.words) > 1:
         raise UsageError(f"--again {args.again}: the file says what to draw; leave {(other or args.words[1:])[0]} out")
     from mm.evaluation.record import read_sheet
+    from mm.models.export import SHIPPED
 
     sheet = read_sheet(args.again)
     run = args.words[0] if args.words else sheet.run
-    if not args.words and not Path(run).is_dir():  # a name in a file that may come from anyone fetches nothing
+    if not args.words and run not in SHIPPED and not Path(run).is_dir():  # a name in a file that may come from anyone fetches nothing
         raise UsageError(
             f"{args.again}: its model {run[:80]!r} is no folder here; give it: mm generate RUN --again PNG"
         )

@@ -47,6 +47,7 @@ def index(argv: Sequence[str]) -> int:
     claim(Path(os.path.abspath(args.out)))
 
     import mm
+    from mm.models.export import SHIPPED
     from mm.models.fingerprint import model_hash
 
     model = mm.load(args.run)
@@ -57,7 +58,7 @@ def index(argv: Sequence[str]) -> int:
             model.inference,
             files,
             args.out,
-            source=os.path.abspath(args.run) if os.path.exists(args.run) else args.run,
+            source=os.path.abspath(args.run) if args.run not in SHIPPED and os.path.exists(args.run) else args.run,
             model_hash=model_hash(model),
             captions=captions,
             limit=args.limit,

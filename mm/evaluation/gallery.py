@@ -56,10 +56,12 @@ def make_gallery(
     held_out: list[str],
     records: Sequence[dict[str, Any]],
     *,
+    combinations: int = 0,
     progress: bool = False,
 ) -> Gallery:
     """Draws 16 prompts of the `train` shards and 16 of the `held_out` ones, seeds 0 to 31; nothing is picked by result.
 
+    Of the latter `combinations` are people in skin tones that they were never seen in, the others anything else.
     `records`: the `samples` of an `evaluate` result with the zero_shot task, of which some become examples.
     """
     processor = inference.processor("image")
@@ -69,7 +71,8 @@ def make_gallery(
     others = [place for place in evenly(list(range(len(known.captions))), 2 * len(PROMPTS)) if place not in there]
     plain = [place for place, caption in enumerate(unseen.captions) if SKIN not in caption]
     chosen = [(known, place) for place in [*there, *others][: len(PROMPTS)]]
-    chosen += [(unseen, place) for place in evenly(plain, HELD_OUT)]
+    toned = [place for place, caption in enumerate(unseen.captions) if SKIN in caption]
+    chosen += [(unseen, place) for place in evenly(toned, combinations) + evenly(plain, HELD_OUT - combinations)]
     prompts = [samples.captions[place] for samples, place in chosen]
     drawn = processor.render(inference.generate(prompts, progress=progress))
     drawings = [
