@@ -240,7 +240,8 @@ def _again(args: Namespace, argv: Sequence[str]) -> int:
 
     sheet = read_sheet(args.again)
     run = args.words[0] if args.words else sheet.run
-    if not args.words and run not in SHIPPED and not Path(run).is_dir():  # a name in a file that may come from anyone fetches nothing
+    here = run in SHIPPED or Path(run).is_dir()
+    if not args.words and not here:  # a name in a file that may come from anyone fetches nothing
         raise UsageError(
             f"{args.again}: its model {run[:80]!r} is no folder here; give it: mm generate RUN --again PNG"
         )
