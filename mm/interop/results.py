@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from mm.config import ConfigError
 from mm.evaluation.run import Share, headlines
 
 LARGEST = 64 << 20  # bytes of a results file
+NEAR = re.compile(r"(pixels_)?nearer_than_(\d+)pct")  # of mm.evaluation.memorisation
 BESIDE = ("config.json", "tokenizer.json", "timings.json", "release.json")  # of a run folder: no results
 
 
@@ -34,13 +36,20 @@ class Found:
         return heads | recalls | self._memorised()
 
     def _memorised(self) -> dict[str, Share]:
-        """The share of drawings that are suspiciously near to a training picture; 0.01 would be chance."""
+        """The shares of drawings that are suspiciously near to a training picture; 0.01 and 0.05 would be chance."""
         found = {}
         for row in self.result.get("tasks") or []:
-            for name, how in (("nearer_than_1pct", "features"), ("pixels_nearer_than_1pct", "pixels")):
-                if row["metrics"].get(name) is not None:
-                    share = Share(row["metrics"][name], row["errors"].get(name) or 0.0, row["n"][name])
-                    found[f"drawings nearer to a training picture than 99 % of real ones are, by {how}"] = share
+            for name, value in row["metrics"].items():
+                split, _, kind = name.rpartition("/")
+                match = NEAR.fullmatch(kind)
+                if match is None or value is None:
+                    continue
+                whose = f"drawings of {split} captions" if split else "drawings"
+                how = "pixels" if match[1] else "features"
+                share = Share(value, row["errors"].get(name) or 0.0, row["n"][name])
+                found[f"{whose} nearer to a training picture than {100 - int(match[2])} % of real ones, by {how}"] = (
+                    share
+                )
         return found
 
     def told(self) -> dict[str, Any]:

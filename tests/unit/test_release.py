@@ -223,7 +223,10 @@ def test_what_its_maker_says_and_what_was_measured_go_along(tmp_path: Path) -> N
     out = release(tmp_path / "demo", tmp_path / "out", about=str(tmp_path / "about.md"))
     text = (out / "README.md").read_text(encoding="utf-8")
     assert text.index("## Use") < text.index("It knows emoji only.") < text.index("## Training")
-    assert "than 99 % of real ones are, by features | 12.5 % ± 2.0 | 80" in text and "by pixels" not in text
+    assert (
+        "drawings nearer to a training picture than 99 % of real ones, by features | 12.5 % ± 2.0 | 80" in text
+        and "by pixels" not in text
+    )
     (one, *_) = json.loads((out / "metrics.json").read_text())
     assert one["metrics"]["zero-shot top-1, held-out names"] == {"value": 0.25, "error": 0.05, "n": 80}
     assert one["data"] == ["val-000000.tar"] and "samples" not in one
