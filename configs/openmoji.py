@@ -6,7 +6,7 @@
 
 The sizes of `tiny`, but for pictures of 64 px: the vision encoder sees patches of 16, and costs what it costs at 32 px
 with patches of 8; the denoiser draws patches of 8. Aliases stand in for names at times.
-Costs about 75 minutes and under 6 GB. Stopped and started again with the same command, it goes on where it was. On a
+Costs about two and a half hours and under 6 GB. Stopped and started again with the same command, it goes on where it was. On a
 GPU the same command trains there.
 """
 
@@ -30,7 +30,7 @@ def config() -> TrainConfig:
     model.image.size, model.image.patch = 64, 16
     model.image.crop_scale, model.image.color_jitter = 0.9, 0.05
     return TrainConfig(
-        run=RunConfig(dir="runs/openmoji", steps=1500, log_every=5, sample_every=300, eval_every=300),
+        run=RunConfig(dir="runs/openmoji", steps=3000, log_every=5, sample_every=300, eval_every=300),
         data=DataConfig(batch_size=384, caption="txt=0.8,json.aliases=0.2"),
         model=model,
         objectives=ObjectivesConfig(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mm.usage import Parser
+from mm.usage import Parser, UsageError
 
 FORMATS = ("mm", "open_clip", "diffusers", "transformers")
 
@@ -23,8 +23,11 @@ def release(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--results", metavar="FILE", nargs="+", action="extend", default=[], help="JSON of mm evaluate, for the card"
     )
+    parser.add_argument("--bf16", action="store_true", help="weights in bfloat16, half the size (format mm)")
     parser.add_argument("--about", metavar="FILE", default="", help="Markdown for the card: intended use, limits, ...")
     args = parser.read(argv)
+    if args.bf16 and args.format != "mm":
+        raise UsageError(f"--bf16: --format {args.format} keeps its own precision; leave it out")
     from mm.interop.push import check_name, push
 
     if args.push:
@@ -44,6 +47,7 @@ def release(argv: Sequence[str]) -> int:
         "name": name,
         "adapter": args.adapter,
         "about": args.about,
+        "bf16": args.bf16,
     }
     folder = run(args.source, args.out, **options, load=mm.load, say=say)
     if args.push:

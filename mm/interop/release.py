@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mm.adaptation.lora import compose
 from mm.adapters.hub_tokenizer import HubTokenizer
 from mm.config import ConfigError
@@ -36,6 +39,7 @@ def release(
     name: str = "",
     adapter: str = "",
     about: str = "",
+    bf16: bool = False,
     load: Callable[..., Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
@@ -44,7 +48,7 @@ def release(
     `licence` as the hub names it (default: what the training shards ask for); `files` hold results beside those of the
     run folder; `name` heads the card (default: that of `out`); `adapter` is a folder with LoRA matrices, which are
     merged; `about` is a file of Markdown for the card. `load`, `mm.load`, is needed by the format diffusers. What the
-    card quotes of results is in `metrics.json`, too.
+    card quotes of results is in `metrics.json`, too. `bf16` rounds the model's weights, not the objectives'.
     A release that lies in `out` is replaced as a whole. Raises ConfigError for a source that cannot be read, a model
     that the format has no place for, and an `out` that holds anything else.
     """
@@ -62,6 +66,8 @@ def release(
         compose(model, adapter)
         origin.tensors = {**model.state_dict(), **origin.extras()}
     train = origin.train
+    if bf16:
+        origin.tensors = {name: rounded(name, tensor) for name, tensor in origin.tensors.items()}
     folder = Path(source)
     stale: list[str] = []
     if train is not None and folder.is_dir() and not adapter:  # with one, they are of another model
@@ -123,6 +129,11 @@ def _written(origin: Origin, format: str, fresh: Path, out: Path, load: Callable
     if isinstance(origin.tokenizer, HubTokenizer) and not origin.tokenizer.serialized:
         told.append(f"the tokenizer {origin.tokenizer.name} is not in this model: it takes token ids, no text")
     return [*told, f'load it: mm.load("{out}")']
+
+
+def rounded(name: str, tensor: Tensor) -> Tensor:
+    """In bfloat16, where it is a weight of the model in float32."""
+    return tensor.bfloat16() if tensor.dtype == torch.float32 and not name.startswith(OBJECTIVES) else tensor
 
 
 def _read(about: str) -> str:

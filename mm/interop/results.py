@@ -75,7 +75,8 @@ def of_run(folder: Path, seed: int, step: str) -> tuple[list[Found], list[str]]:
     """
     found: list[Found] = []
     stale = []
-    for path in sorted(path for path in folder.glob("*.json") if path.name not in BESIDE):
+    there = (path for path in folder.glob("*.json") if path.name not in BESIDE)
+    for path in sorted(there, key=lambda path: path.stem):  # a.json before a-more.json
         for one in read(path, strict=False):
             if one.result.get("seed") not in (seed, None) or one.result in [other.result for other in found]:
                 continue

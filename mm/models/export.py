@@ -113,7 +113,10 @@ def find_export(source: str | os.PathLike[str]) -> Path:
 
     A folder of your own with a shipped model's name is `./openmoji`. Raises ConfigError where there are no weights.
     """
-    folder = SHIPPED.get(os.fspath(source)) or Path(source)
+    name = os.fspath(source)
+    folder = SHIPPED.get(name) or Path(name)
+    if name in SHIPPED and not folder.is_dir():
+        raise ConfigError(f"{name}: does not come with this copy of mm; give a run folder or a released folder")
     if (folder / WEIGHTS).is_file():
         return folder
     if (folder / EXPORT).is_dir():

@@ -16,7 +16,7 @@ from mm.adapters.text import train_tokenizer
 from mm.api import LoadedModel
 from mm.config import ConfigError, TrainConfig
 from mm.evaluation import packed
-from mm.models.export import save_export
+from mm.models.export import SHIPPED, save_export
 from mm.objectives.step import build_step
 from mm.settings import load as load_config
 from mm.types import Batch
@@ -246,6 +246,21 @@ def test_what_cannot_be_loaded_is_refused_with_what_is_near(run: Path, tmp_path:
         mm.load(str(tmp_path))
     with pytest.raises(ConfigError, match="device = 'tpu'"):
         mm.load(str(run), device="tpu")
+
+
+def test_the_shipped_name_is_a_folder_of_its_own(
+    run: Path, model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SHIPPED, "openmoji", tmp_path / "none")
+    monkeypatch.chdir(tmp_path)
+    Path("openmoji").mkdir()
+    with pytest.raises(ConfigError, match="openmoji: does not come with this copy"):
+        mm.load("openmoji")
+    with pytest.raises(ConfigError, match="openmoji: not a run folder"):  # of the user's, by its path
+        mm.load("./openmoji")
+    monkeypatch.setitem(SHIPPED, "openmoji", run / "export")
+    shipped = mm.load("openmoji", device="cpu")
+    assert torch.equal(shipped.encode(text=["flag"])["text"], model.encode(text=["flag"])["text"])
 
 
 def test_a_model_without_an_objective_says_so(root: Path, tmp_path: Path) -> None:

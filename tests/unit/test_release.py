@@ -230,7 +230,9 @@ def test_what_its_maker_says_and_what_was_measured_go_along(tmp_path: Path) -> N
     (one, *_) = json.loads((out / "metrics.json").read_text())
     assert one["metrics"]["zero-shot top-1, held-out names"] == {"value": 0.25, "error": 0.05, "n": 80}
     assert one["data"] == ["val-000000.tar"] and "samples" not in one
-    release(tmp_path / "demo", out)  # what it wrote itself is replaced
+    release(tmp_path / "demo", out, bf16=True)  # what it wrote itself is replaced
+    kinds = {name: tensor.dtype for name, tensor in read(out).tensors.items()}
+    assert kinds.pop("objectives.contrastive.logit_scale") == torch.float32 and set(kinds.values()) == {torch.bfloat16}
     assert "It knows emoji only." not in (out / "README.md").read_text(encoding="utf-8")
 
 
