@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mm import demo
 from mm.config import ConfigError
@@ -20,6 +22,7 @@ from mm.evaluation.charts import line_chart, running_mean, ticks
 from mm.evaluation.gallery import Drawing, Gallery, Guess
 from mm.evaluation.report import duration, write_report
 from mm.evaluation.run import evaluate
+from mm.settings import read as read_config
 
 VOID = {"meta", "img", "br", "link", "input", "line", "path"}
 
@@ -166,6 +169,19 @@ def test_the_demo_ends_with_a_report_and_does_not_train_twice(
     again = json.loads((small_demo / "results.json").read_text())
     assert again["mean"] == first["mean"] and again["seconds"]["training"] == first["seconds"]["training"]
     assert (small_demo / "export" / "model.safetensors").read_bytes() == weights
+
+
+def test_the_demo_goes_on_from_a_model(small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(minutes=0.02, out=str(small_demo)) == 0
+    source = str(small_demo / "export")
+    shutil.copytree(small_demo / "shards", tmp_path / "more" / "shards")
+    assert demo.main(minutes=0.02, out=str(tmp_path / "more"), seed=7, source=source) == 0
+    assert f"from {source}" in capsys.readouterr().out
+    before, after = (read_config(folder / "config.json") for folder in (small_demo, tmp_path / "more"))
+    assert after.start.model == source and after.optim.lr == before.optim.lr / 3
+    ours, theirs = (load_file(folder / "export" / "model.safetensors") for folder in (small_demo, tmp_path / "more"))
+    name = "model.adapters.text.embedding.weight"  # of another seed, and yet the same but for a few small steps
+    assert torch.nn.functional.cosine_similarity(ours[name].float(), theirs[name].float(), dim=0).min() > 0.9
 
 
 @pytest.mark.slow
