@@ -81,6 +81,6 @@ def test_commands_have_the_flags_that_they_are_shown_with(page: Path, capsys: py
             known = {f"--{field}" for field in fields}
         if words[0] != "train":
             assert main([words[0], *words[1:2][: words[0] == "shards"], "--help"]) == 0
-            known |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+            known |= set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
         unknown = [flag for flag in flags if flag.replace("_", "-") not in known]
         assert not unknown, f"{page.name}: mm {' '.join(words)}"

@@ -238,7 +238,13 @@ def test_what_its_maker_says_and_what_was_measured_go_along(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "words",
-    [["--format", "onnx"], ["--licence", "two words"], ["--results", "nothing.json"], ["--about", "nothing.md"]],
+    [
+        ["--format", "onnx"],
+        ["--licence", "two words"],
+        ["--results", "nothing.json"],
+        ["--about", "nothing.md"],
+        ["--bf16", "--format", "open_clip"],
+    ],
 )
 def test_wrong_words_are_one_line(
     words: list[str], tmp_path: Path, theirs: Theirs, capsys: pytest.CaptureFixture[str]
