@@ -53,7 +53,7 @@ PUBLISHED = {
 
 
 def test_every_config_for_a_cluster_is_checked_below() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.py")} == {"debug", "demo", *PUBLISHED}
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {"debug", "demo", "openmoji", *PUBLISHED}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
