@@ -6,8 +6,8 @@
 
 The sizes of `tiny`, but for pictures of 64 px: the vision encoder sees patches of 16, and costs what it costs at 32 px
 with patches of 8; the denoiser draws patches of 8. Aliases stand in for names at times.
-Costs about two and a half hours and under 6 GB. Stopped and started again with the same command, it goes on where it was. On a
-GPU the same command trains there.
+Costs about two and a half hours and under 6 GB. Stopped and started again with the same command, it goes on where it
+was. On a GPU the same command trains there.
 """
 
 from __future__ import annotations
