@@ -1,4 +1,4 @@
-"""The model that comes with mm, `mm.load("openmoji")`: both objectives on OpenMoji at 64 px, on two CPU cores.
+"""The model that is to come with mm, `mm.load("openmoji")`: both objectives on OpenMoji at 64 px, on two CPU cores.
 
     mm shards openmoji shards/openmoji
     mm train configs/openmoji.py --data.train "shards/openmoji/train-*.tar" --data.val "shards/openmoji/dev-*.tar"
@@ -6,7 +6,7 @@
 
 The sizes of `tiny`, but for pictures of 64 px: the vision encoder sees patches of 16, and costs what it costs at 32 px
 with patches of 8; the denoiser draws patches of 8. Aliases stand in for names at times.
-Costs about two and a half hours and under 6 GB. Stopped and started again with the same command, it goes on where it
+Planned for two and a half hours. Stopped and started again with the same command, it goes on where it
 was. On a GPU the same command trains there.
 """
 

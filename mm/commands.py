@@ -16,9 +16,7 @@ def demo(argv: Sequence[str]) -> int:
     parser.add_argument("--out", default="runs/demo", help="the run folder (default: runs/demo)")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of everything random (default: 0)")
     parser.add_argument("--seeds", type=number(int, 1), default=1, metavar="N", help="run N seeds, in OUT/seed-S each")
-    parser.add_argument(
-        "--from", metavar="MODEL", default="", dest="source", help="go on with it: openmoji, a run or a released folder"
-    )
+    parser.add_argument("--from", metavar="MODEL", default="", dest="source", help="go on with it: a run, a release")
     args = parser.read(argv)
     from mm.demo import main as run
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mm.usage import Parser, UsageError
+from mm.usage import Parser
 
 FORMATS = ("mm", "open_clip", "diffusers", "transformers")
 
@@ -26,8 +26,6 @@ def release(argv: Sequence[str]) -> int:
     parser.add_argument("--bf16", action="store_true", help="weights in bfloat16, half the size (format mm)")
     parser.add_argument("--about", metavar="FILE", default="", help="Markdown for the card: intended use, limits, ...")
     args = parser.read(argv)
-    if args.bf16 and args.format != "mm":
-        raise UsageError(f"--bf16: --format {args.format} keeps its own precision; leave it out")
     from mm.interop.push import check_name, push
 
     if args.push:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from mm.fields import suggestion
 
-RUN = "openmoji (comes with mm), run folder, released folder or open_clip:NAME/TAG"
+RUN = "run folder, released folder or open_clip:NAME/TAG"
 
 
 class UsageError(ValueError):

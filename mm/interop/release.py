@@ -48,12 +48,14 @@ def release(
     `licence` as the hub names it (default: what the training shards ask for); `files` hold results beside those of the
     run folder; `name` heads the card (default: that of `out`); `adapter` is a folder with LoRA matrices, which are
     merged; `about` is a file of Markdown for the card. `load`, `mm.load`, is needed by the format diffusers. What the
-    card quotes of results is in `metrics.json`, too. `bf16` rounds the model's weights, not the objectives'.
+    card quotes of results is in `metrics.json`, too. `bf16` (format mm) rounds the model's weights.
     A release that lies in `out` is replaced as a whole. Raises ConfigError for a source that cannot be read, a model
     that the format has no place for, and an `out` that holds anything else.
     """
     if format not in FORMATS:
         raise ConfigError(f"--format {format}: not a format{suggestion(format, FORMATS)}; one of {', '.join(FORMATS)}")
+    if bf16 and format != "mm":
+        raise ConfigError(f"--bf16: --format {format} keeps its own precision; leave it out")
     out = Path(os.path.abspath(out))
     if out == Path(os.path.abspath(source)):
         raise ConfigError(f"{out}: is the source itself; give another folder")

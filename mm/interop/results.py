@@ -54,7 +54,7 @@ class Found:
 
     def told(self) -> dict[str, Any]:
         """The evaluation without its samples."""
-        about = {name: self.result.get(name) for name in ("run", "step", "seed", "data", "commit", "settings")}
+        about = {name: self.result.get(name) for name in ("step", "seed", "data", "commit", "settings")}
         return {
             "file": self.file,
             "date": self.date,

@@ -11,10 +11,7 @@ from mm.fields import suggestion
 from mm.interop.origin import Origin
 from mm.rules_modalities import modality_names
 
-FORMS = (
-    "openmoji, a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, timm:NAME, hf:NAME, "
-    "hub:ORG/NAME"
-)
+FORMS = "a run folder, a released folder, open_clip:NAME/TAG, open_clip:NAME@FILE, timm:NAME, hf:NAME, hub:ORG/NAME"
 
 
 def read(source: str | os.PathLike[str], weights: bool = True, size: int = 0) -> Origin:
@@ -22,7 +19,7 @@ def read(source: str | os.PathLike[str], weights: bool = True, size: int = 0) ->
 
     `size`: pixels a side that a timm backbone is built for, instead of its own.
 
-    A run folder or a released folder of mm; `openmoji`, the model that comes with it; `open_clip:` as in
+    A run folder or a released folder of mm; `openmoji`, in a copy that has it; `open_clip:` as in
     `mm.interop.open_clip.read`; `timm:` as in `mm.interop.timm.read`; `hf:` as in `mm.interop.huggingface.read`;
     `hub:ORG/NAME`, a release that was pushed.
     Raises ConfigError naming what is wrong with it.

@@ -28,6 +28,7 @@ from _common import ROOT, cache_folder, circumstances
 from _training import demo_shards
 
 from mm.config import AlignConfig, TrainConfig
+from mm.evaluation.images import write_whole
 
 SEEDS = (0, 1, 2)
 BOTH = "both"
@@ -242,7 +243,7 @@ def main() -> None:
     print(table(found))
     out = Path(ROOT) / "benchmarks"
     plot(found, out / "ablation.png")
-    (out / "ablation.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_whole(out / "ablation.json", (json.dumps(found, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
