@@ -162,8 +162,8 @@ def load(
 ) -> LoadedModel:
     """The model of a run folder (its `export/`), of a released folder, or of another library, in float32.
 
-    `"openmoji"` is the one in `mm/shipped`, in a copy that has it; `open_clip:NAME/TAG`, `open_clip:NAME@FILE.safetensors` and the other
-    forms of `mm.interop.sources.read` are those of others.
+    `"openmoji"` is the one in `mm/shipped`, in a copy that has it; `open_clip:NAME/TAG`,
+    `open_clip:NAME@FILE.safetensors` and the other forms of `mm.interop.sources.read` are those of others.
     `adapter`: a folder with LoRA matrices trained beside it (a run's `export/adapter`), which are merged into it.
     `device`: "auto" is a CUDA device where there is one, else the CPU. Raises ConfigError naming what is wrong.
     """
