@@ -34,6 +34,10 @@ def main(minutes: float = 8.0, out: str = "runs/demo", seed: int = 0, seeds: int
         raise ConfigError(f"minutes = {minutes}, seeds = {seeds}: train for more than 0 minutes and at least one seed")
     folder, shards = Path(out), Path(out) / "shards"
     config_file()  # a missing one is said before any work
+    if source:
+        from mm.interop.sources import read
+
+        read(source, weights=False)  # so is a wrong one
     folder.mkdir(parents=True, exist_ok=True)
     clock, started = Clock(folder / "timings.json"), time.perf_counter()
     _say(f"mm demo: everything goes to {folder}")

@@ -177,6 +177,9 @@ def test_the_demo_goes_on_from_a_model(small_demo: Path, tmp_path: Path, capsys:
     shutil.copytree(small_demo / "shards", tmp_path / "more" / "shards")
     assert demo.main(minutes=0.02, out=str(tmp_path / "more"), seed=7, source=source) == 0
     assert f"from {source}" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no such run folder"):
+        demo.main(out=str(tmp_path / "none"), source=str(tmp_path / "gone"))
+    assert not (tmp_path / "none").exists()  # refused before any work
     before, after = (read_config(folder / "config.json") for folder in (small_demo, tmp_path / "more"))
     assert after.start.model == source and after.optim.lr == before.optim.lr / 3
     ours, theirs = (load_file(folder / "export" / "model.safetensors") for folder in (small_demo, tmp_path / "more"))
